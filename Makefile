@@ -1,0 +1,65 @@
+# Every target brings its own environment: `make install` makes .venv, and is quick when nothing changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEBIAN := data/debian
+FASHION := $(DEBIAN)/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+# On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
+CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+
+.PHONY: help install data demo demo-tune test test-fast lint types format notebooks bench clean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: .venv/installed data  ## make .venv with everything that the other targets need, and fetch Fashion-MNIST
+
+.venv/installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev,notebooks]'
+	touch $@
+
+# Debian's package, fetched and unpacked without root. Where there is no apt, torchvision downloads the files when needed.
+data: $(if $(shell command -v apt-get),$(FASHION))
+
+$(FASHION):
+	mkdir -p $(DEBIAN)/apt/lists/partial $(DEBIAN)/apt/cache
+	cd $(DEBIAN) && { apt-get -q download dataset-fashion-mnist || { \
+	  apt-get -q -o Dir::State::lists=$(CURDIR)/$(DEBIAN)/apt/lists -o Dir::Cache=$(CURDIR)/$(DEBIAN)/apt/cache update && \
+	  apt-get -q -o Dir::State::lists=$(CURDIR)/$(DEBIAN)/apt/lists -o Dir::Cache=$(CURDIR)/$(DEBIAN)/apt/cache download dataset-fashion-mnist; } } \
+	  && dpkg-deb -x dataset-fashion-mnist_*.deb . && rm -rf dataset-fashion-mnist_*.deb apt \
+	  || echo "dataset-fashion-mnist cannot be had from apt: torchvision will download Fashion-MNIST when it is first used"
+
+demo: install  ## pretrain a small student with three targets on real images, compare, draw (12 minutes on 2 cores)
+	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py
+
+demo-tune: install  ## the grid of learning rates behind the demo's yamls
+	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py --tune
+
+test: install  ## all tests
+	$(CPU_MEMORY) $(BIN)/python -m pytest
+
+test-fast: install  ## the tests without the slow ones
+	$(CPU_MEMORY) $(BIN)/python -m pytest -m 'not slow'
+
+lint: install  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## ruff: mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install  ## mypy, strict, on src
+	$(BIN)/mypy
+
+notebooks: install  ## execute the notebooks
+	@for file in notebooks/*.ipynb; do $(BIN)/jupyter execute "$$file" || exit 1; done
+
+bench: install  ## run the benchmarks
+	@for file in benchmarks/*.py; do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
+
+clean:  ## remove environment, data, outputs and caches
+	rm -rf .venv data outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,108 @@
+"""Networks by their timm name, and their weights from a file: the one door to timm, with errors of one line."""
+
+import difflib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, is_model_pretrained
+from torch import Tensor, nn
+
+
+def create_backbone(name: str, pretrained: bool = False, **model_args: Any) -> Any:
+    """Makes the timm model `name` with `model_args`: an `nn.Module` with timm's attributes, which no type describes.
+
+    Raises:
+        ValueError: timm has no model of this name or no weights for it (the nearest names are listed), the model takes
+            no such argument, or its weights cannot be had, as on a machine without a network.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model {name!r}.{nearest(architecture, timm.list_models())}")
+    if "." in name and not is_model_pretrained(name):
+        known = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise ValueError(f"timm has no weights {name!r}.{nearest(name, known)}")
+    refuse_wrong_gelu(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **model_args)
+    except TypeError as error:
+        raise ValueError(f"timm's {name!r} does not take these model_args: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): give weights=PATH with a "
+            f"state dict of this model, or weights='random' (--random_weights) to try the recipe without them"
+        ) from error
+
+
+def refuse_wrong_gelu(name: str) -> None:
+    """CLIP towers that were trained with QuickGELU also load, silently, under a name that computes GELU."""
+    architecture = name.split(".")[0]
+    config = get_pretrained_cfg(name)
+    if config is None or "_clip_" not in architecture or "_clip_quickgelu_" in architecture:
+        return
+    quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
+    if is_model_pretrained(quick):
+        raise ValueError(f"{name!r} computes GELU, but its weights were trained with QuickGELU: use {quick!r}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' Nearest: a, b, c', or nothing when no known name resembles `name`."""
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(matches)}" if matches else ""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of a `torch.save` file, whose pickle may hold nothing but plain data.
+
+    A dict that wraps the weights in one of the keys `state_dict`, `model` or `module` is opened.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, no state dict, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} to read weights from")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: its pickle holds more than tensors and plain data") from error
+    except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
+        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+    for key in ("state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
+    return content
+
+
+def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
+    """Loads every key or none.
+
+    Raises:
+        ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
+    """
+    expected = module.state_dict()
+    problems = {
+        "missing": [key for key in expected if key not in state_dict],
+        "unexpected": [key for key in state_dict if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
+            for key in expected
+            if key in state_dict and state_dict[key].shape != expected[key].shape
+        ],
+    }
+    found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {'; '.join(found)}")
+    module.load_state_dict(state_dict)

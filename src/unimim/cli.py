@@ -1,0 +1,44 @@
+"""The command line: `unimim TASK SUBCOMMAND`. torch is imported once a task has been chosen, not before."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+TASKS = {"pretrain": "masked image modeling, L( N(T(x)), H(S(M(x))) )"}
+
+HELP = f"""\
+usage: unimim [-h] [--version] TASK SUBCOMMAND [options]
+
+Masked image modeling as one equation. Tasks:
+{chr(10).join(f"  {name:10} {text}" for name, text in TASKS.items())}
+
+  unimim pretrain fit --config conf/pretrain/maskdistill_vit_base.yaml --data.root FOLDER
+  unimim pretrain fit --config ... --model.masking.ratio 0.6 --print_config
+  unimim pretrain fit --help
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        args: the words after `unimim`; None takes those of the process.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    task = words[0] if words else "--help"
+    if task in ("-h", "--help"):
+        print(HELP, end="")
+    elif task == "--version":
+        print(f"unimim {version('unimim')}")
+    elif task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.4)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        sys.exit(f"unimim: error: there is no task {task!r}.{meant} Known: {', '.join(TASKS)}")
+    else:
+        if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
+            sys.path.insert(0, str(Path.cwd()))
+        from unimim.commands import run
+
+        run(task, words[1:])

@@ -1,0 +1,184 @@
+"""The tasks behind the command line: Lightning's CLI, which answers a user's mistake with one line."""
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import ActionYesNo, Namespace
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+import unimim
+from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.pretraining import MaskedImageModeling, print_once
+
+LETTER_TYPES: dict[str, type] = {
+    "teacher": TargetGenerator,
+    "masking": Masking,
+    "student": Student,
+    "head": Head,
+    "data": pl.LightningDataModule,
+}
+
+
+def run(task: str, args: list[str]) -> LightningCLI:
+    """Runs `unimim TASK ARGS`. With UNIMIM_TRACEBACK set, a mistake keeps its traceback."""
+    for name in unimim.__all__:  # a class is known by its short name once it is imported
+        getattr(unimim, name)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    try:
+        return PretrainCLI(
+            MaskedImageModeling,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            trainer_defaults={
+                "enable_model_summary": False,  # the table of the six letters takes its place
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": task}},
+            },
+            parser_class=Parser,
+            parser_kwargs={"prog": f"unimim {task}"},
+            args=args,
+        )
+    except Exception as error:
+        if os.environ.get("UNIMIM_TRACEBACK") or not is_mistake(error):
+            raise
+        last_line = str(error).strip().splitlines()[-1]  # a worker's error has its traceback above
+        sys.exit(f"unimim: error: {re.sub(r'^[a-zA-Z.]+(Error|Exception): ', '', last_line)}")
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether it was raised by a check of this package, here or in a data loader's worker: then its text says it all."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
+        return False
+    frames = re.findall(r'File "(.+?)", line', str(error)) or [traceback.extract_tb(error.__traceback__)[-1].filename]
+    return Path(frames[-1]).is_relative_to(Path(__file__).parent)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml beside what the logger writes, and nothing where there is no logger."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class PretrainCLI(LightningCLI):
+    """`unimim pretrain fit`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--random_weights",
+            action=ActionYesNo,
+            default=False,
+            help="build every pretrained network with random weights, to try a recipe offline",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if not config.random_weights:
+            return
+        changed = []
+        for path, part in parts(config.model, "model"):
+            if "weights" in part.init_args:
+                part.init_args.weights = "random"
+                changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
+        print_once(
+            f"WARNING: --random_weights: {', '.join(changed) or 'no network'} built with RANDOM weights. "
+            f"This run tries the recipe; what it learns means nothing."
+        )
+
+    def after_fit(self) -> None:
+        """Says where the encoder is."""
+        path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if path:
+            print_once(f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})")
+
+
+def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
+    """Every class in a parsed configuration, with the path of its key."""
+    if isinstance(config, Namespace):
+        if "class_path" in config and isinstance(config.get("init_args"), Namespace):
+            yield path, config
+            config = config.init_args
+        for key, value in vars(config).items():
+            yield from parts(value, f"{path}.{key}")
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with errors of one line that name the field and the nearest known names."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of one class within the whole: the message goes up and gains its key
+            super().error(message, ex)
+        sys.exit(f"unimim: error: {self.one_line(message)}")
+
+    def one_line(self, message: str) -> str:
+        """The field, the reason and the nearest known names, of jsonargparse's message in several lines."""
+        keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
+        field = ".".join(keys)
+        noise = ("Given value", "Expected a <class 'NoneType'>", "Expected a path but", "Subtypes:", "Errors:")
+        lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines()]
+        reason = [line for line in lines if not line.startswith(noise)][-1]
+        class_path = (re.findall(r"given class_path '([^']+)'", message) or [""])[-1]
+        if found := re.search(r"Option '([^']+)' is not accepted", message):
+            known = list(inspect.signature(import_object(class_path)).parameters)
+            return f"{field}: {class_path} takes no {found[1]!r}.{closest(found[1], known)} Known: {', '.join(known)}"
+        if found := re.search(r"dot import path string: (\S+)|has no attribute '([^']+)'", message):
+            name = found[1] or found[2]
+            known = names_for(keys[-1] if keys else "")
+            return f"{field}: there is no class {name!r}.{closest(name, known)} Known: {', '.join(known)}"
+        if found := re.search(r"unrecognized arguments: (--\S+)", message):
+            name = found[1].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            return f"there is no option {name}.{closest(name, known)}"
+        if found := re.search(r"arguments are required: (\S+)", message):
+            return f"{field}.{found[1]} is missing: give --{field}.{found[1]}"
+        return f"{field}: {reason}" if field and field not in reason else reason
+
+
+def names_for(key: str) -> list[str]:
+    """The classes that can stand at a key of the configuration."""
+    letter = key.rpartition(".")[-1]
+    if letter == "loss":
+        return [f"torch.nn.{name}" for name in dir(nn) if name.endswith("Loss")]
+    classes = {name: value for name in unimim.__all__ if inspect.isclass(value := getattr(unimim, name))}
+    if letter == "normalization":
+        ours = [name for name, value in classes.items() if value.__module__ == "unimim.normalizations"]
+        return [*ours, "torch.nn.Identity"]
+    base = LETTER_TYPES.get(letter, ())
+    return [name for name, value in classes.items() if issubclass(value, base) and not inspect.isabstract(value)]
+
+
+def import_object(path: str) -> Any:
+    """The class at a dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def closest(name: str, known: list[str]) -> str:
+    """' Did you mean a?', or nothing when no known name resembles it."""
+    matches = difflib.get_close_matches(name.rpartition(".")[-1] if "--" not in name else name, known, n=1, cutoff=0.4)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,207 @@
+"""The equation that this package is made of, and its abstract letters.
+
+    L( N(T(x)),  H(S(M(x))) )        on the selected patches
+
+T teacher, N normalization, M masking, S student, H head, L loss: "A Unified View of Masked Image Modeling" (Peng et al.,
+TMLR 2023), equation 1. N and L are plain `nn.Module`; the four others are defined here.
+
+The shape letters, used everywhere and explained only here:
+`b` images, `H W` pixels, `h w` patch grid, `m` selected patches of the whole batch, `d` student width, `c` target
+channels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from unimim.backbones import create_backbone
+
+Grid = tuple[int, int]
+"""(h, w) of a patch grid, or (H, W) of an image in pixels."""
+RGB = tuple[float, float, float]
+"""One number a colour channel, for pixels in [0, 1]."""
+
+
+class Frozen:
+    """A network that never learns, kept out of the module tree.
+
+    Because it is no `nn.Module`, the network it holds is in no state dict, no optimizer, no DDP bucket and no EMA copy,
+    and no `.train()` reaches it. A `TargetGenerator` moves the ones it has to its own device. A deep copy shares it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network: Any = network.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+        return self
+
+
+class TargetGenerator(nn.Module, ABC):
+    """T: what the student has to predict at each patch.
+
+    A new target is one subclass with `dim` and `forward`. Frozen networks are kept as `self.x = Frozen(network)`.
+    """
+
+    dim: int
+    """c, the channels of the target, or the size of the vocabulary when the target is discrete."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] with pixels in [0, 1] -> float [b h w c], or long [b h w] for discrete tokens."""
+
+    def attach(self, student: "Student") -> None:
+        """Called once, before training. An EMA teacher copies the student's backbone here and sets `dim`."""
+
+    def attach_head(self, head: "Head") -> None:
+        """Called once, when the head exists. A teacher whose target passes through a head copies it here."""
+
+    def update(self, student: "Student", head: "Head") -> None:
+        """Called once per optimizer step. An EMA teacher follows the student here."""
+
+    def check_patch_size(self, patch_size: int, images: Tensor, grid_size: Grid) -> None:
+        """For targets that are cut from the image itself.
+
+        Raises:
+            ValueError: the images [b 3 H W] are not `patch_size` pixels times the grid (h, w).
+        """
+        (height, width), (h, w) = images.shape[-2:], grid_size
+        if (height, width) != (h * patch_size, w * patch_size):
+            raise ValueError(
+                f"{type(self).__name__}(patch_size={patch_size}) and the student's grid do not meet: {height}x{width} "
+                f"pixels on a {h}x{w} grid are patches of {height // h} pixels; set model.teacher.patch_size to that"
+            )
+
+    def networks(self) -> list[nn.Module]:
+        """The frozen networks, which `parameters()` does not see."""
+        return [value.network for value in vars(self).values() if isinstance(value, Frozen)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TargetGenerator":
+        for network in self.networks():
+            network._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class Masking(nn.Module, ABC):
+    """M: which patches the student does not see.
+
+    Args:
+        ratio: the share of patches to hide, in (0, 1).
+
+    Raises:
+        ValueError: the ratio is outside (0, 1); on use, it hides no patch of the grid, or every patch.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        if not 0 < ratio < 1:
+            raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1")
+        self.ratio = ratio
+
+    @abstractmethod
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] -> bool [b h w], True = hidden, the same count in every image."""
+
+    def attach(self, teacher: TargetGenerator) -> None:
+        """Called once, before training, for a masking that samples by the teacher's attention."""
+
+    def count(self, cells: int) -> int:
+        """How many of `cells` are hidden: `ratio * cells`, rounded."""
+        count = round(self.ratio * cells)
+        if not 0 < count < cells:
+            hidden = "every patch" if count else "no patch"
+            raise ValueError(f"model.masking.ratio {self.ratio} hides {hidden} of a grid of {cells}")
+        return count
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}"
+
+
+class Student(nn.Module, ABC):
+    """S: a timm backbone that sees the corrupted image. The backbone is what pretraining is for; it stays timm's own.
+
+    Args:
+        backbone: a timm name; built with `global_pool=''` and `num_classes=0`, so that it ends in its final norm.
+        model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
+        mean, std: statistics by which it normalizes pixels. They also become the `mean` and `std` of
+            `backbone.pretrained_cfg`, so that whoever gets the backbone feeds it the same.
+
+    Raises:
+        ValueError: timm has no such name, or the model takes no such argument.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        model_args: dict[str, Any] | None = None,
+        mean: RGB = IMAGENET_DEFAULT_MEAN,
+        std: RGB = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__()
+        self.name = backbone
+        self.model_args = dict(model_args or {})
+        self.backbone: Any = create_backbone(backbone, num_classes=0, global_pool="", **self.model_args)
+        self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    @property
+    def image_size(self) -> Grid:
+        """(H, W) in pixels."""
+        height, width = self.backbone.patch_embed.img_size
+        return height, width
+
+    @property
+    def grid_size(self) -> Grid:
+        """(h, w) of the tokens that come out, in patches."""
+        reduction = self.backbone.feature_info[-1]["reduction"]
+        return self.image_size[0] // reduction, self.image_size[1] // reduction
+
+    @property
+    def embed_dim(self) -> int:
+        """d"""
+        return int(self.backbone.num_features)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and register tokens, which come before the patch tokens; hierarchical backbones have none."""
+        return getattr(self.backbone, "num_prefix_tokens", 0)
+
+    def check_image_size(self, images: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the images [b 3 H W] are not of the size that the backbone was built for.
+        """
+        if tuple(images.shape[-2:]) != self.image_size:
+            given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
+            raise ValueError(
+                f"the images are {given} pixels, but {self.name} was built for {built}: set data.image_size, or "
+                f"img_size in model.student.model_args"
+            )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
+        self.check_image_size(images)
+        return (images - self.mean) / self.std
+
+    @abstractmethod
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1], bool [b h w] -> tokens: [b h w d], or [b prefix+visible d] of a student that drops."""
+
+
+class Head(nn.Module, ABC):
+    """H: from the student's tokens to the target's channels. Modules take it as a factory, `Head(student, target)`."""
+
+    @abstractmethod
+    def __init__(self, student: Student, target: TargetGenerator) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
+        """Tokens of the student, bool [b h w], bool [b h w] -> [m c], in row-major order of the selected patches."""

@@ -1,0 +1,84 @@
+"""M, the masking: which patches are hidden (paper, section 2: "block-wise or random masking")."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from unimim.interfaces import Grid, Masking
+
+MAX_BLOCKS_TRIED = 100
+"""Rectangles proposed to one image before random patches fill the rest (an image needs more than 60 in < 1e-4 draws)."""
+
+
+class RandomMasking(Masking):
+    """Each patch alike, as MAE (He et al., 2022; there with a ratio of 0.75).
+
+    Args:
+        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
+    """
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        h, w = grid_size
+        scores = torch.rand(len(images), h * w, device=images.device)
+        return rearrange(highest(scores, self.count(h * w)), "b (h w) -> b h w", h=h)
+
+
+class BlockMasking(Masking):
+    """Rectangles until the count is reached: BEiT's block-wise masking (Bao et al., 2022, algorithm 1).
+
+    One rectangle after the other is proposed, its area uniform between `min_block` and what is left to hide, its aspect
+    ratio log-uniform. It is taken when it adds at least one patch and not too many. Ten refusals in a row end the search;
+    then random patches complete the count, as in BEiT v2, so that it is exact in every image. (BEiT's own generator, which
+    stops short, misses the count in a third of the images.) All images of the batch search at the same time.
+
+    Args:
+        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
+        min_block: the smallest area proposed, in patches. BEiT's is 16 on a 14x14 grid; None scales that with the grid.
+        min_aspect: aspect ratios lie between this and its inverse (BEiT: 0.3).
+    """
+
+    def __init__(self, ratio: float = 0.4, min_block: int | None = None, min_aspect: float = 0.3) -> None:
+        super().__init__(ratio)
+        self.min_block = min_block
+        self.min_aspect = min_aspect
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        h, w = grid_size
+        b, device = len(images), images.device
+        count = self.count(h * w)
+        min_block = self.min_block if self.min_block is not None else max(1, round(16 * h * w / 196))
+        log_aspect = math.log(self.min_aspect)
+        rows = torch.arange(h, device=device)
+        columns = torch.arange(w, device=device)
+        mask = torch.zeros(b, h, w, device=device)
+        left_to_hide = torch.full((b,), float(count), device=device)
+        refusals = torch.zeros(b, device=device)
+        for draws in torch.rand(MAX_BLOCKS_TRIED, 4, b, device=device):
+            searching = (left_to_hide > 0) & (refusals < 10)
+            if device.type == "cpu" and not searching.any():  # elsewhere the question costs more than the answer saves
+                break
+            # When less is left than min_block the interval is reversed, and still uniform: so it is in BEiT's generator.
+            area = min_block + draws[0] * (left_to_hide - min_block)
+            aspect = torch.exp(log_aspect * (1 - 2 * draws[1]))
+            height = torch.round(torch.sqrt(area * aspect))
+            width = torch.round(torch.sqrt(area / aspect))
+            top = torch.floor(draws[2] * (h - height + 1))
+            left = torch.floor(draws[3] * (w - width + 1))
+            in_rows = ((rows >= top[:, None]) & (rows < (top + height)[:, None])).float()  # [b h]
+            in_columns = ((columns >= left[:, None]) & (columns < (left + width)[:, None])).float()  # [b w]
+            block = in_rows[:, :, None] * in_columns[:, None, :]
+            added = height * width - (block * mask).sum((1, 2))
+            taken = searching & (height < h) & (width < w) & (added > 0) & (added <= left_to_hide)
+            mask = torch.maximum(mask, block * taken[:, None, None])
+            left_to_hide = left_to_hide - added * taken
+            refusals = torch.where(taken, 0, refusals + 1)
+        scores = 2 * mask.flatten(1) + torch.rand(b, h * w, device=device)
+        return rearrange(highest(scores, count), "b (h w) -> b h w", h=h)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """[b n] -> bool [b n], True at the `count` highest scores of each row."""
+    indices = scores.topk(count, dim=1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)

@@ -1,0 +1,132 @@
+"""T as the features of a frozen network: CLIP (MaskDistill, MVP, MILAN, EVA), DINO, or any network of the user's."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimim.backbones import create_backbone, load_strictly, read_state_dict
+from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
+
+
+class FeatureTarget(TargetGenerator):
+    """What a frozen network says of each patch of the whole image (paper, section 2: "pretrained models").
+
+    The teacher sees the student's own crop, resized to its resolution and normalized by its own mean and std. A feature
+    map finer than the student's grid by a whole factor is averaged.
+
+    Args:
+        network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
+            `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
+        weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly; "random" leaves
+            a timm network as it was initialized. A module of yours comes with its weights, unless a path is given.
+        layer: index of the block (timm networks), from 0, or from the end if negative.
+        norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
+        project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
+        resolution: side of the teacher's input in pixels. None: the student's grid times the teacher's patch, so that
+            the grids meet; for a module of yours, the size of the images.
+        mean, std: statistics of the teacher's pixels; None takes those of timm's `pretrained_cfg`.
+        dim: c; None asks timm.
+        model_args: further arguments of the timm model.
+
+    Raises:
+        ValueError: unknown name, weights that do not fit or cannot be had, an argument that the network has no use for;
+            on use, grids that do not meet.
+        FileNotFoundError: there is no file at `weights`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        weights: str | None = None,
+        layer: int = -1,
+        norm: bool = True,
+        project: bool = False,
+        resolution: int | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
+        dim: int | None = None,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.is_timm = isinstance(network, str)
+        self.name = network if isinstance(network, str) else type(network).__name__
+        module: Any = network
+        if self.is_timm:
+            module = create_backbone(self.name, pretrained=weights is None, **(model_args or {}))
+            blocks = len(module.feature_info)
+            if not -blocks <= layer < blocks:
+                raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
+            layer %= blocks
+            channels = self._projected(module, layer, norm) if project else module.feature_info[layer]["num_chs"]
+            if dim not in (None, channels):
+                raise ValueError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
+            dim = channels
+            mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
+        if dim is None or mean is None or std is None:
+            raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
+        if weights not in (None, "random"):
+            load_strictly(module, read_state_dict(weights), weights)
+        self.dim = dim
+        self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
+        self.frozen = Frozen(module)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def _projected(self, network: Any, layer: int, norm: bool) -> int:
+        head = getattr(network, "head", None)
+        if not isinstance(head, nn.Linear) or not norm or layer != len(network.feature_info) - 1:
+            raise ValueError(
+                f"model.teacher.project needs a linear head behind the last block and its norm; {self.name} with "
+                f"layer {layer} and norm {norm} has none (a timm model made with num_classes=0 lost it)"
+            )
+        return head.out_features
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        size = self.input_size(images, grid_size)
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        features = self.features((images - self.mean) / self.std).float()
+        (h, w), (fine_h, fine_w) = grid_size, features.shape[-2:]
+        if features.shape[1] != self.dim or fine_h % h or fine_w % w:
+            raise ValueError(
+                f"the grids of teacher and student do not meet: {self.name} gives {tuple(features.shape[1:])} (c h w) "
+                f"at {size[0]}x{size[1]} pixels, the student's grid is {h}x{w} and c is {self.dim}; set "
+                f"model.teacher.resolution (now {self.resolution}) or model.teacher.dim"
+            )
+        features = F.avg_pool2d(features, (fine_h // h, fine_w // w))
+        return rearrange(features, "b c h w -> b h w c")
+
+    def input_size(self, images: Tensor, grid_size: Grid) -> Grid:
+        """(H', W') in pixels of what the teacher sees."""
+        if self.resolution is not None:
+            return self.resolution, self.resolution
+        if self.is_timm:
+            patch = self.frozen.network.feature_info[self.layer]["reduction"]
+            return grid_size[0] * patch, grid_size[1] * patch
+        height, width = images.shape[-2:]
+        return height, width
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalized images [b 3 H' W'] -> [b c h' w']"""
+        network: Any = self.frozen.network
+        if not self.is_timm:
+            return network(images)
+        fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
+        if fixed not in (None, tuple(images.shape[-2:])):
+            if not hasattr(network, "set_input_size"):
+                raise ValueError(f"{self.name} takes only {fixed[0]}x{fixed[1]} pixels: set model.teacher.resolution")
+            network.set_input_size(img_size=tuple(images.shape[-2:]))  # resizes the positions once, not in every step
+        (features,) = network.forward_intermediates(
+            images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
+        )
+        if self.project:
+            features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
+        return features

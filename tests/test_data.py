@@ -1,0 +1,181 @@
+"""The data modules on real files: every layout, mode and mistake."""
+
+import gzip
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimim import FashionMNISTData, ImageFolderData
+from unimim.data import fashion_mnist
+from unimim.data.folder import ImageFiles, read_image
+
+
+def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), value: int = 128) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 0)).convert(mode).save(path)
+    return path
+
+
+def folder(root: Path, **options: object) -> ImageFolderData:
+    data = ImageFolderData(**{"root": str(root), "image_size": 16, "batch_size": 2, "num_workers": 0, **options})
+    data.setup()
+    return data
+
+
+def test_nested_and_flat_folders_any_size_and_mode(tmp_path: Path) -> None:
+    save(tmp_path / "flat.png", "P", (5, 90))
+    save(tmp_path / "a" / "gray.jpg", "L")
+    save(tmp_path / "a" / "b" / "cmyk.JPEG", "CMYK")
+    save(tmp_path / "a" / "alpha.webp", "RGBA", (300, 200))
+    save(tmp_path / "one.bmp", "1", (1, 1))
+    (tmp_path / "notes.txt").write_text("no image")
+    batches = list(folder(tmp_path).train_dataloader())
+    assert [tuple(batch.shape) for batch in batches] == [(2, 3, 16, 16)] * 2
+    for batch in batches:
+        assert batch.dtype == torch.float32
+        assert batch.min() >= 0
+        assert batch.max() <= 1
+
+
+def test_sixteen_bit_gray_is_scaled(tmp_path: Path) -> None:
+    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_the_augmentation_crops_flips_and_jitters(tmp_path: Path) -> None:
+    """On an image whose left half is black: without any augmentation it stays, with a flip it turns."""
+    left = np.zeros((32, 32, 3), np.uint8)
+    left[:, 16:] = 200
+    Image.fromarray(left).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    plain = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=0.0).augmentation(image)
+    flipped = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=1.0).augmentation(image)
+    torch.testing.assert_close(plain.flip(-1), flipped)
+    torch.manual_seed(0)
+    small = [folder(tmp_path, batch_size=1, crop_scale=(0.05, 0.06), flip=0.0).augmentation(image) for _ in range(20)]
+    assert any(crop.max() < 0.1 for crop in small)  # a crop of a twentieth is often of one half only
+    jittered = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=0.0, color_jitter=0.4).augmentation(image)
+    assert not torch.allclose(plain, jittered)
+    assert jittered.max() <= 1
+
+
+def test_a_missing_an_empty_and_a_small_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="data.root: there is no folder .*nowhere"):
+        folder(tmp_path / "nowhere")
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no image in or below"):
+        folder(tmp_path)
+    save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has 1 images, which is less than one batch of 2: set data.batch_size to 1"):
+        folder(tmp_path)
+
+
+def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    bad = tmp_path / "b.jpg"
+    bad.write_bytes(save(tmp_path / "whole.jpg", size=(200, 200)).read_bytes()[:300])
+    (tmp_path / "c.png").write_bytes(b"no image at all")
+    save(tmp_path / "d.png")
+    with pytest.raises(ValueError, match=r"unreadable image .*b\.jpg .*data\.on_bad_image=skip"):
+        list(folder(tmp_path, batch_size=5).train_dataloader())
+    data = folder(tmp_path, batch_size=5, on_bad_image="skip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (batch,) = data.train_dataloader()
+    assert len(batch) == 5  # the next readable image takes the place
+    assert {path.name for path in data.images.skipped} == {"b.jpg", "c.png"}
+    texts = [str(w.message) for w in caught if "skipped" in str(w.message)]
+    assert len(texts) == 2
+    assert "(2 skipped so far)" in texts[1]
+    only_bad = ImageFiles([bad], transform=lambda image: torch.zeros(1), on_bad_image="skip")
+    with pytest.raises(ValueError, match="none of the 1 image files can be read"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        only_bad[0]
+
+
+def test_imagenets_layout_pretrains_on_train_and_has_labels(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 1)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                save(tmp_path / split / name / f"{i}.png", value=100 * label)
+    data = folder(tmp_path)
+    assert len(data.images) == 6
+    images, labels = next(iter(data.labelled_dataloader("val")))
+    assert labels.tolist() == [0, 1]
+    assert images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(images[:, 0].mean((1, 2)), torch.tensor([0.0, 100 / 255]))
+    (tmp_path / "val" / "bird").mkdir()
+    with pytest.raises(ValueError, match="other class folders: bird"):
+        data.labelled_dataloader("val")
+    flat = folder(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match="labels need"):
+        flat.labelled_dataloader("train")
+
+
+def write_idx(root: Path, count: int) -> None:
+    """Files in Debian's form, `count` images a split; image i is filled with i, its label is i modulo 10."""
+    root.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        pixels = np.repeat(np.arange(count, dtype=np.uint8), 28 * 28).tobytes()
+        labels = (np.arange(count) % 10).astype(np.uint8).tobytes()
+        with gzip.open(root / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
+        with gzip.open(root / f"{split}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 2049, count) + labels)
+
+
+def fashion(root: Path, **options: object) -> FashionMNISTData:
+    data = FashionMNISTData(str(root), **{"batch_size": 5, "train_images": 20, "val_images": 10, **options})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_fashion_mnist_from_debians_package_and_then_from_where_it_is(tmp_path: Path) -> None:
+    write_idx(tmp_path / "debian" / fashion_mnist.DEBIAN_FOLDER, 40)
+    assert fashion_mnist.provide(tmp_path).startswith("Debian's package dataset-fashion-mnist")
+    assert fashion_mnist.provide(tmp_path).startswith("the files in")
+    data = fashion(tmp_path)
+    images, labels = next(iter(data.labelled_dataloader("train")))
+    assert labels.tolist() == [i % 10 for i in range(20)]
+    assert images.shape == (20, 3, 32, 32)
+    assert (images[:, :, :2] == 0).all()  # padded, not stretched
+    torch.testing.assert_close(images[:, 0, 16, 16], torch.arange(20) / 255)
+    _, labels = next(iter(data.labelled_dataloader("val")))
+    assert labels.tolist() == [i % 10 for i in range(30, 40)]
+    assert len(next(iter(data.labelled_dataloader("test", 7)))[1]) == 7
+    assert fashion(tmp_path, image_size=64).train_dataloader().dataset[0].shape == (3, 64, 64)
+
+
+def test_fashion_mnist_comes_flipped_half_of_the_time(tmp_path: Path) -> None:
+    write_idx(tmp_path / "debian" / fashion_mnist.DEBIAN_FOLDER, 40)
+    data = fashion(tmp_path)
+    images, _ = data.splits["train"]
+    images[:, :, :14] = 0
+    (batches,) = [torch.cat([batch for _ in range(10) for batch in data.train_dataloader()])]
+    lit_right = batches[:, 0, 16, 20] > 0
+    lit_left = batches[:, 0, 16, 11] > 0
+    assert not (lit_left & lit_right).any()
+    assert 70 < lit_right.sum() < 130  # of 190 that are lit at all
+
+
+def test_fashion_mnist_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(fashion_mnist, "FashionMNIST", offline)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", Path("nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"not unpacked in .*download failed \(RuntimeError\): give data.root"):
+        fashion_mnist.provide(tmp_path)
+    with pytest.raises(ValueError, match="exceed the 60,000"):
+        FashionMNISTData(train_images=60_000, val_images=1)
+    with pytest.raises(ValueError, match="less than one batch"):
+        FashionMNISTData(train_images=10, batch_size=64)

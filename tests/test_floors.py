@@ -1,0 +1,75 @@
+"""An import points only to a lower floor, and files of one floor do not import each other (DESIGN: floors)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+SOURCE = ROOT / "src" / "unimim"
+FLOORS = {
+    "backbones": 0,
+    "interfaces": 1,
+    "masking": 2,
+    "targets": 2,
+    "normalizations": 2,
+    "students": 2,
+    "heads": 2,
+    "optim": 2,
+    "checkpoint": 2,
+    "data": 2,
+    "efficientnet_lite": 2,
+    "pretraining": 3,
+    "finetuning": 3,
+    "probing": 3,
+    "callbacks": 3.5,  # beside the tasks, and of them
+    "commands": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The unimim modules that a file imports, wherever in the file, as first names below `unimim`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports name the package"
+            if (node.module or "").startswith("unimim."):
+                names.add(node.module.split(".")[1])
+            elif node.module == "unimim":
+                names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("unimim."))
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    if parts == ("__init__",):  # re-exports
+        return
+    inside_folder = len(parts) > 1 and parts[-1] == "__init__"
+    for name in imported(path):
+        if inside_folder and name == parts[0]:
+            continue
+        assert FLOORS[name] < FLOORS[parts[0]], f"{'/'.join(parts)} imports {name}"
+
+
+def test_every_file_has_a_floor_and_a_head() -> None:
+    for path in FILES:
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        assert parts == ("__init__",) or parts[0] in FLOORS
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no sentence at its head"
+
+
+def test_wandb_and_jsonargparse_stay_on_the_top_floor() -> None:
+    for path in FILES:
+        if path.stem == "commands":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [m for m in modules if m.split(".")[0] in ("wandb", "jsonargparse") or m == "pytorch_lightning.cli"]

@@ -1,0 +1,258 @@
+"""The step against equation 1 written out, and the training around it."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from conftest import tiny_model, tiny_student
+from unimim import FeatureTarget, LayerNorm, LinearHead, MaskedImageModeling, PixelTarget, RandomMasking, TargetGenerator
+from unimim.interfaces import Grid
+from unimim.optim import parameter_groups, warmup_cosine
+
+
+def fit(model: MaskedImageModeling, images: Tensor, tmp_path: Path, batch_size: int = 4, **trainer: object) -> pl.Trainer:
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **trainer}
+    runner = pl.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, **options
+    )
+    runner.fit(model, DataLoader(images, batch_size=batch_size))
+    return runner
+
+
+def test_the_step_is_equation_one() -> None:
+    """L( N(T(x)), H(S(M(x))) ) in plain torch, patch after patch, for MaskDistill's letters."""
+    teacher = nn.Conv2d(3, 6, 8, 8)
+    model = tiny_model(
+        teacher=FeatureTarget(teacher, dim=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)),
+        normalization=LayerNorm(eps=1e-6),
+        loss=nn.SmoothL1Loss(beta=2.0),
+    ).eval()
+    images = torch.rand(3, 3, 32, 32)
+    torch.manual_seed(7)
+    mask = model.masking(images, (4, 4))
+    torch.manual_seed(7)  # the step draws the same mask
+    loss = model.training_step(images, 0)
+
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    target = teacher((images - mean) / std)  # [b c h w]
+    tokens = model.student(images, mask)
+    terms = []
+    for b in range(3):
+        for i in range(4):
+            for j in range(4):
+                if not mask[b, i, j]:
+                    continue
+                patch = target[b, :, i, j]
+                patch = (patch - patch.mean()) / torch.sqrt(((patch - patch.mean()) ** 2).mean() + 1e-6)
+                prediction = model.head.linear.weight @ tokens[b, i, j] + model.head.linear.bias
+                difference = (prediction - patch).abs()
+                terms.append(torch.where(difference < 2.0, difference**2 / 4.0, difference - 1.0))
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    assert len(terms) == 3 * 6
+
+
+def test_the_mean_is_maes() -> None:
+    """MAE (official code): squared error averaged over each patch, then summed over masked patches / their number."""
+    model = tiny_model(
+        teacher=PixelTarget(8), normalization=LayerNorm(eps=1e-6, unbiased=True), masking=RandomMasking(0.75)
+    ).eval()
+    images = torch.rand(5, 3, 32, 32)
+    torch.manual_seed(3)
+    mask = model.masking(images, (4, 4))
+    torch.manual_seed(3)
+    loss = model.training_step(images, 0)
+
+    pixels = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=8, q=8)
+    patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
+    prediction = model.head(model.student(images, mask), mask, torch.ones_like(mask)).view(5, 16, -1)
+    per_patch = ((prediction - patches) ** 2).mean(-1)
+    flat = mask.flatten(1).float()
+    torch.testing.assert_close(loss, (per_patch * flat).sum() / flat.sum())
+
+
+def test_no_decay_on_vectors_positions_and_tokens() -> None:
+    """Every parameter by name, for a ViT and for a BEiT, whose bias tables decay as in the official code."""
+    for kind, decayed_tables in (("vit", 0), ("beit_bias_per_block", 2), ("beit_shared_bias", 1)):
+        student, head = tiny_student(kind), nn.Linear(24, 5)
+        groups = parameter_groups([student, head], 0.05)
+        decayed = {id(p) for group in groups if group["weight_decay"] == 0.05 for p in group["params"]}
+        undecayed = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+        names = {id(p): name for module in (student, head) for name, p in module.named_parameters()}
+        assert decayed | undecayed == set(names)
+        assert not decayed & undecayed
+        tables = 0
+        for key, name in names.items():
+            plain = name.endswith(("weight", "bias_table")) and "norm" not in name
+            assert (key in decayed) == plain, name
+            tables += name.endswith("bias_table")
+        assert tables == decayed_tables
+        assert {names[key] for key in undecayed} >= {"mask_token", "backbone.cls_token"}
+
+
+def test_warmup_and_cosine_in_closed_form() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 1e-3}, {"params": [], "lr": 5e-4}])
+    scheduler = warmup_cosine(optimizer, warmup_steps=10, total_steps=50, warmup_lr=1e-6, min_lr=1e-5)
+    rates = []
+    for _ in range(51):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    rates = torch.tensor(rates)
+    steps = torch.arange(51.0)
+    rising = 1e-6 + (1e-3 - 1e-6) * steps / 10
+    falling = 1e-5 + (1e-3 - 1e-5) * (1 + torch.cos(torch.pi * (steps - 10) / 40)) / 2
+    torch.testing.assert_close(rates[:, 0], torch.where(steps < 10, rising, falling))
+    torch.testing.assert_close(rates[:, 1], rates[:, 0] / 2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_schedule_counts_optimizer_steps(tmp_path: Path, accumulation: int) -> None:
+    """8 batches, 2 epochs, half an epoch of warm-up: with accumulation both ends come at half as many steps."""
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    model = tiny_model(lr=1.0e-3, warmup_epochs=0.5, warmup_lr=0.0, min_lr=0.0)
+    fit(
+        model,
+        torch.rand(32, 3, 32, 32),
+        tmp_path,
+        max_epochs=2,
+        accumulate_grad_batches=accumulation,
+        callbacks=[Watch()],
+    )
+    total = 16 // accumulation
+    assert len(rates) == total
+    assert rates[0] == 0
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) == total // 4
+    assert 0 < rates[-1] < 1e-4
+
+
+def test_max_steps_with_a_warmup_longer_than_the_training(tmp_path: Path) -> None:
+    trainer = fit(tiny_model(warmup_epochs=10), torch.rand(8, 3, 32, 32), tmp_path, max_epochs=-1, max_steps=3)
+    assert trainer.global_step == 3
+
+
+def test_training_learns_and_repeats_by_seed(tmp_path: Path) -> None:
+    """On one batch the loss falls; the same seed gives the same weights bit for bit, another seed others."""
+    images = torch.rand(4, 3, 32, 32)
+
+    def trained(seed: int) -> tuple[float, Tensor]:
+        pl.seed_everything(seed, verbose=False)
+        model = tiny_model(warmup_epochs=0, lr=3e-3)
+        trainer = fit(model, images, tmp_path, max_epochs=40)
+        return float(trainer.callback_metrics["train/loss"]), model.student.mask_token.detach().clone()
+
+    first_loss = tiny_model().training_step(images, 0).item()
+    loss, token = trained(0)
+    assert loss < 0.5 * first_loss
+    assert torch.equal(token, trained(0)[1])
+    assert not torch.equal(token, trained(1)[1])
+
+
+def test_update_comes_once_per_optimizer_step(tmp_path: Path) -> None:
+    class Counting(PixelTarget):
+        updates = 0
+
+        def update(self, student: nn.Module, head: nn.Module) -> None:
+            self.updates += 1
+
+    model = tiny_model(teacher=Counting(8))
+    trainer = fit(model, torch.rand(16, 3, 32, 32), tmp_path, accumulate_grad_batches=2)
+    assert model.teacher.updates == trainer.global_step == 2
+
+
+def test_a_nan_loss_stops_with_one_line(tmp_path: Path) -> None:
+    class Diverging(nn.Module):
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return F.mse_loss(prediction, target) * torch.nan
+
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0 \(lr 1.00e-06\): try a lower model.lr") as caught:
+        fit(tiny_model(loss=Diverging()), torch.rand(4, 3, 32, 32), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_that_do_not_fit_fail_at_once() -> None:
+    class FourColors(TargetGenerator):
+        dim = 3
+
+        def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+            return torch.zeros(len(images), *grid_size, 4)
+
+    with pytest.raises(ValueError, match=r"FourColors gives .*\(1, 4, 4, 4\).*\(1, 4, 4, 3\)"):
+        tiny_model(teacher=FourColors())
+    with pytest.raises(ValueError, match=r"PixelTarget\(patch_size=16\).*do not meet.*set model.teacher.patch_size"):
+        tiny_model(teacher=PixelTarget(16))
+    with pytest.raises(ValueError, match="hides no patch of a grid of 16"):
+        tiny_model(masking=RandomMasking(0.01))
+    with pytest.raises(ValueError, match="images are 16x16 pixels, but vit_tiny_patch16_224 was built for 32x32"):
+        tiny_model().student(torch.rand(2, 3, 16, 16), torch.zeros(2, 4, 4, dtype=torch.bool))
+
+
+def test_batches_that_do_not_fit_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images are 16x16 pixels, but vit_tiny_patch16_224 was built for 32x32"):
+        fit(tiny_model(), torch.rand(4, 3, 16, 16), tmp_path)
+    labelled = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"images alone, .* gave a list \(images and labels\?\)"):
+        fit(tiny_model(), labelled, tmp_path)
+
+
+def test_the_table_of_letters() -> None:
+    model = tiny_model(teacher=FeatureTarget(nn.Conv2d(3, 6, 8, 8), dim=6, mean=(0, 0, 0), std=(1, 1, 1)))
+    lines = model.summary().splitlines()
+    assert [line[0] for line in lines[1:]] == ["T", "N", "M", "S", "H", "L"]
+    assert lines[1].split() == ["T", "teacher", "FeatureTarget", f"{6 * 3 * 64 + 6:,}", "frozen"]
+    assert lines[2].split()[-2:] == ["no", "parameters"]
+    assert lines[4].split()[-1] == "trainable"
+    assert lines[5].split()[3] == f"{24 * 6 + 6}"
+
+
+def test_a_model_made_by_hand_keeps_modules_out_of_its_hyperparameters() -> None:
+    model = tiny_model()
+    assert model.hparams["lr"] == model.lr
+    assert not {"teacher", "student", "masking", "head", "loss", "normalization"} & set(model.hparams)
+
+
+def test_imports_and_trains_without_wandb_and_jsonargparse() -> None:
+    """In a fresh interpreter in which neither can be imported."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+sys.modules["wandb"] = sys.modules["jsonargparse"] = None
+import torch, pytorch_lightning as pl
+from torch import nn
+from unimim import *
+model = MaskedImageModeling(
+    teacher=HOGTarget(8, 4), normalization=nn.Identity(), masking=BlockMasking(0.4), head=LinearHead, loss=nn.MSELoss(),
+    student=MaskTokenStudent("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=1)),
+)
+trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(model, torch.utils.data.DataLoader(torch.rand(8, 3, 32, 32), batch_size=4))
+assert trainer.global_step == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_head_is_a_factory() -> None:
+    heads = []
+
+    def factory(student: nn.Module, target: TargetGenerator) -> LinearHead:
+        heads.append((student, target))
+        return LinearHead(student, target)
+
+    model = tiny_model(head=factory)
+    assert heads == [(model.student, model.teacher)]
+    assert model.head.linear.weight.shape == (model.teacher.dim, model.student.embed_dim)
