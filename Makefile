@@ -7,7 +7,7 @@ FASHION := $(DEBIAN)/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 # On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
 CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
-.PHONY: help install data demo demo-tune test test-fast lint types format notebooks bench clean
+.PHONY: help install data demo demo-readme demo-tune test test-fast lint types format notebooks bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ $(FASHION):
 demo: install  ## pretrain a small student with three targets on real images, compare, draw (12 minutes on 2 cores)
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py
 
+demo-readme: install  ## put the demo's table and figure into README and docs
+	$(BIN)/python benchmarks/demo.py --readme
+
 demo-tune: install  ## the grid of learning rates behind the demo's yamls
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py --tune
 
@@ -55,10 +58,10 @@ types: install  ## mypy, strict, on src
 	$(BIN)/mypy
 
 notebooks: install  ## execute the notebooks
-	@for file in notebooks/*.ipynb; do $(BIN)/jupyter execute "$$file" || exit 1; done
+	@for file in $(wildcard notebooks/*.ipynb); do $(BIN)/jupyter execute "$$file" || exit 1; done
 
 bench: install  ## run the benchmarks
-	@for file in benchmarks/*.py; do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
+	@for file in $(filter-out benchmarks/demo.py,$(wildcard benchmarks/*.py)); do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
 
 clean:  ## remove environment, data, outputs and caches
 	rm -rf .venv data outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

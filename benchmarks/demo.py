@@ -1,6 +1,7 @@
 """The demo: what does a small encoder learn from three targets? Pretrains, evaluates, prints a table and draws a figure.
 
     make demo        (python benchmarks/demo.py)         table, outputs/demo/results.json, outputs/demo/figure.png
+    make demo-readme (python benchmarks/demo.py --readme) puts table and figure into README and docs
     make demo-tune   (python benchmarks/demo.py --tune)  the grid of learning rates that chose those in the yamls
 
 Every encoder comes from `unimim pretrain fit --config conf/pretrain/demo_TARGET.yaml`; the evaluation is the package's own
@@ -11,6 +12,7 @@ repeated unless its yaml or the evaluation below has changed.
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import time
 import warnings
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="search the learning rates on the validation split instead")
     warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|log_every_n_steps).*")
     torch.set_float32_matmul_precision("high")
-    (tune if parser.parse_args().tune else compare)()
+    parser.add_argument("--readme", action="store_true", help="put the finished results into README and docs instead")
+    arguments = parser.parse_args()
+    (tune if arguments.tune else into_readme if arguments.readme else compare)()
 
 
 def compare() -> None:
@@ -185,6 +189,22 @@ def table(results: dict[str, Any]) -> str:
     for row in results["baselines"]:
         lines.append(f"| {row['target']}, no encoder | {100 * row['knn']:.1f} | {100 * row['linear']:.1f} | - | - |")
     return "\n".join(lines)
+
+
+def into_readme() -> None:
+    """The results and the figure of the last `make demo` into docs/demo, their table into the README."""
+    results = json.loads((OUTPUT / "results.json").read_text())
+    write(Path("docs/demo/results.json"), results)
+    shutil.copyfile(OUTPUT / "figure.png", "docs/demo/figure.png")
+    readme = Path("README.md")
+    readme.write_text(readme_with(readme.read_text(), results))
+
+
+def readme_with(readme: str, results: dict[str, Any]) -> str:
+    """The README's text with the table between its two marks."""
+    before, _, rest = readme.partition("<!-- demo -->")
+    _, _, after = rest.partition("<!-- /demo -->")
+    return f"{before}<!-- demo -->\n{table(results)}\n<!-- /demo -->{after}"
 
 
 def draw(data: FashionMNISTData, results: dict[str, Any], path: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from conftest import TINY, tiny_model, tiny_student
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from conftest import TINY, tiny_model, tiny_student
 from unimim import (
     BlockMasking,
     FeatureTarget,
@@ -161,6 +161,8 @@ def test_no_gradient_reaches_the_teacher(target: str) -> None:
     model.training_step(images(), 0).backward()
     assert all(p.grad is None and not p.requires_grad for n in model.teacher.networks() for p in n.parameters())
     assert all(p.grad is not None for p in model.student.parameters() if p.requires_grad)
+    inside = {id(p) for p in model.parameters()}  # what DDP puts into buckets, EMA copies and state_dict names
+    assert not inside & {id(p) for network in model.teacher.networks() for p in network.parameters()}
     optimized = {id(p) for group in model_groups(model) for p in group["params"]}
     assert optimized == {id(p) for m in (model.student, model.head) for p in m.parameters()}
 

@@ -96,8 +96,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
     assert len(texts) == 2
     assert "(2 skipped so far)" in texts[1]
     only_bad = ImageFiles([bad], transform=lambda image: torch.zeros(1), on_bad_image="skip")
-    with pytest.raises(ValueError, match="none of the 1 image files can be read"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 1 image files can be read"):
         only_bad[0]
 
 

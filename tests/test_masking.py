@@ -1,9 +1,10 @@
 """M against BEiT's generator, written out for one image, and against what "each patch alike" means."""
 
+import functools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -28,7 +29,16 @@ def images(b: int) -> Tensor:
 
 
 def draw(masking: torch.nn.Module, grid_size: Grid, b: int = SAMPLES) -> np.ndarray:
-    return masking(images(b), grid_size).numpy()
+    """bool [b h w], in batches of 100: too small for torch's threads, which would wait for each other on busy cores."""
+    return np.concatenate([masking(images(100), grid_size).numpy() for _ in range(b // 100)])
+
+
+@functools.cache
+def block_masks(setting: str) -> np.ndarray:
+    """Drawn once, and compared with many."""
+    grid_size, ratio, _, _ = SETTINGS[setting]
+    torch.manual_seed(0)
+    return draw(BlockMasking(ratio), grid_size)
 
 
 # --- BEiT's generator ---------------------------------------------------------------------------------------------
@@ -41,6 +51,11 @@ def any_place(rng: random.Random, side: int, block: int) -> int:
 def random_fill(rng: random.Random, hidden: np.ndarray, missing: int) -> None:
     for row, column in rng.sample(list(zip(*np.nonzero(~hidden), strict=True)), missing):
         hidden[row, column] = True
+
+
+def first_fill(rng: random.Random, hidden: np.ndarray, missing: int) -> None:
+    """Wrong: the patches that complete the count lie anywhere, not where the grid begins."""
+    hidden.flat[np.flatnonzero(~hidden)[:missing]] = True
 
 
 @dataclass(frozen=True)
@@ -158,10 +173,8 @@ def test_shapes_of_a_drawn_mask() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_block_masking_has_the_distribution_of_beits_generator(setting: str) -> None:
-    grid_size, ratio, count, _ = SETTINGS[setting]
-    ours = draw(BlockMasking(ratio), grid_size)
-    assert (ours.sum((1, 2)) == count).all()
-    assert min(p_values(ours, beit_masks(setting, 1)).values()) > AGREE
+    assert (block_masks(setting).sum((1, 2)) == SETTINGS[setting][2]).all()
+    assert min(p_values(block_masks(setting), beit_masks(setting, 1)).values()) > AGREE
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -183,29 +196,20 @@ WRONG = {
     "whole rows allowed": Rules(whole_rows=True),
     "ten tries in all": Rules(tries_in_all=True),
     "blocks may exceed what is left": Rules(too_many=8),
+    "first patches complete the count": Rules(fill=first_fill),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_comparison_detects_a_wrong_generator(wrong: str) -> None:
-    """Its power: every rule broken on purpose is found on the 14x14 grid by the same numbers."""
-    right = draw(BlockMasking(0.4), (14, 14))
-    assert min(p_values(right, beit_masks("14x14", 1, WRONG[wrong])).values()) < DIFFER
-
-
-def test_the_comparison_detects_a_wrong_fill() -> None:
-    """The patches that complete the count lie anywhere, not where the grid begins; on 8x20 they are many."""
-
-    def first_patches(rng: random.Random, hidden: np.ndarray, missing: int) -> None:
-        hidden.flat[np.flatnonzero(~hidden)[:missing]] = True
-
-    right = draw(BlockMasking(0.6), (8, 20))
-    assert min(p_values(right, beit_masks("8x20", 1, Rules(fill=first_patches))).values()) < DIFFER
+    """Its power: every rule broken on purpose is found by the same numbers."""
+    setting = "8x20" if wrong == "whole rows allowed" else "14x14"  # a block as long as 14 is hardly ever proposed
+    assert min(p_values(block_masks(setting), beit_masks(setting, 1, WRONG[wrong])).values()) < DIFFER
 
 
 def test_images_of_a_batch_do_not_depend_on_each_other() -> None:
     """How often two masks that were drawn side by side share a patch is what their mean map says."""
-    masks = draw(BlockMasking(0.4), (14, 14)).astype(float)
+    masks = block_masks("14x14").astype(float)
     covered = masks.mean(0)
     shared = (masks[0::2] * masks[1::2]).sum((1, 2))
     error = shared.std() / math.sqrt(len(shared))
@@ -322,13 +326,9 @@ def test_random_masking_hides_each_patch_alike(grid_size: Grid, ratio: float) ->
 
 def test_unevenness_is_seen() -> None:
     """The same numbers tell block-wise masks apart, and a random masking in which one patch is favoured."""
-    alone, together = unevenness(draw(BlockMasking(0.4), (14, 14)))
+    alone, together = unevenness(block_masks("14x14"))
     assert alone > 20
     assert together > 20
     favoured = draw(RandomMasking(0.4), (14, 14), 20_000)
-    favoured[:500, 0, 0] = True
-    assert unevenness(replace_one(favoured))[0] > stats.norm.isf(AGREE / 400)
-
-
-def replace_one(masks: np.ndarray) -> np.ndarray:
-    return masks
+    favoured[-2000:, 3, 5] = True
+    assert unevenness(favoured)[0] > 10

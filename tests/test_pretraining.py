@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import tiny_model, tiny_student
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from conftest import tiny_model, tiny_student
 from unimim import FeatureTarget, LayerNorm, LinearHead, MaskedImageModeling, PixelTarget, RandomMasking, TargetGenerator
 from unimim.interfaces import Grid
 from unimim.optim import parameter_groups, warmup_cosine

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import tiny_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import tiny_model
 from unimim import FineTuning, KNNCallback, load_backbone
 from unimim.probing import accuracy, extract_features, knn, linear_probe
 

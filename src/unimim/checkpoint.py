@@ -53,9 +53,7 @@ def load_backbone(path: str | Path, **model_args: Any) -> Any:
         "mean": tuple(described["mean"]),
         "std": tuple(described["std"]),
     }
-    state_dict = {
-        key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
-    }
+    state_dict = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)}
     load_strictly(backbone, with_new_parts(state_dict, backbone), path)
     return backbone
 

@@ -35,6 +35,7 @@ def run(task: str, args: list[str]) -> LightningCLI:
     """Runs `unimim TASK ARGS`. With UNIMIM_TRACEBACK set, a mistake keeps its traceback."""
     for name in unimim.__all__:  # a class is known by its short name once it is imported
         getattr(unimim, name)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of the user's
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
         return PretrainCLI(

@@ -76,12 +76,13 @@ class TargetGenerator(nn.Module, ABC):
             )
 
     def networks(self) -> list[nn.Module]:
-        """The frozen networks, which `parameters()` does not see."""
-        return [value.network for value in vars(self).values() if isinstance(value, Frozen)]
+        """The frozen networks, also of targets within this one, which `parameters()` does not see."""
+        return [held.network for module in self.modules() for held in vars(module).values() if isinstance(held, Frozen)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TargetGenerator":
-        for network in self.networks():
-            network._apply(fn)
+        for held in vars(self).values():
+            if isinstance(held, Frozen):
+                held.network._apply(fn)
         return super()._apply(fn, recurse)
 
 

@@ -1,0 +1,217 @@
+"""The command line as a user meets it: what it answers, and one line for each mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import unimim
+from unimim.cli import main
+
+MASKDISTILL = str(ROOT / "conf/pretrain/maskdistill_vit_base.yaml")
+SMALL = [
+    "fit",
+    "--config",
+    MASKDISTILL,
+    "--model.teacher=PixelTarget",
+    "--model.teacher.patch_size=8",
+    "--model.student.model_args={img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2, init_values: 0.1}",
+    "--data.image_size=32",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for i in range(4):
+        Image.new("RGB", (50 + i, 40), (60 * i, 20, 100)).save(tmp_path / f"{i}.jpg")
+    return tmp_path
+
+
+def run_unimim(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "unimim", *words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which a wrong command ends."""
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", *words])
+    assert isinstance(end.value.code, str)
+    assert "\n" not in end.value.code
+    assert end.value.code.startswith("unimim: error: ")
+    assert "Traceback" not in capsys.readouterr().err
+    return end.value.code
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"], ["pretrian"]])
+def test_the_first_answers_come_without_torch(words: list[str]) -> None:
+    code = (
+        f"import sys; from unimim.cli import main\ntry:\n    main({words})\n"
+        f"finally:\n    assert not {{'torch', 'pytorch_lightning', 'jsonargparse'}} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said
+    if words == ["pretrian"]:
+        assert done.returncode
+        assert said == "unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: pretrain\n"
+    else:
+        assert not done.returncode
+        assert unimim.__version__ in said if words == ["--version"] else "pretrain fit --config" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.teacher", "HOGG"], "model.teacher: there is no class 'HOGG'. Did you mean 'HOGTarget'?"),
+        (["--model.teacher", "unimim.HOGG"], "model.teacher: there is no class 'HOGG'. Did you mean 'HOGTarget'?"),
+        (["--model.masking", "BlokMasking"], "Did you mean 'BlockMasking'? Known: BlockMasking, RandomMasking"),
+        (["--model.normalization", "L2"], "Did you mean 'L2Norm'? Known: L2Norm, LayerNorm, torch.nn.Identity"),
+        (["--model.loss", "torch.nn.MSLoss"], "Did you mean 'torch.nn.MSELoss'?"),
+        (["--model.teacher.netwrk", "x"], "model.teacher: unimim.FeatureTarget takes no 'netwrk'. Did you mean 'network'?"),
+        (["--model.lrr", "1"], "there is no option --model.lrr. Did you mean '--model.lr'?"),
+        (["--model.masking.ratio", "half"], "model.masking.ratio: Expected a <class 'float'>. Got value: half"),
+        (["--model.teacher", "mytarget.Missing"], "model.teacher: No module named 'mytarget'"),
+        ([], "data.root is missing: give --data.root"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+    ],
+)
+def test_mistakes_in_words(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    assert expected in mistake(capsys, "fit", "--config", MASKDISTILL, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["--model.masking.ratio", "1.5"],
+            "model.masking.ratio is 1.5, but a share of patches to hide lies between 0 and 1",
+        ),
+        (["--model.masking.ratio", "0.01"], "model.masking.ratio 0.01 hides no patch of a grid of 16"),
+        (["--model.student.backbone", "vit_bse_patch16_224"], "timm has no model 'vit_bse_patch16_224'. Nearest: "),
+        (["--model.student.model_args", "{dept: 1}"], "does not take these model_args"),
+        (["--model.teacher.patch_size", "16"], "do not meet: 32x32 pixels on a 4x4 grid are patches of 8 pixels"),
+        (["--data.image_size", "64"], "images are 64x64 pixels, but beit_base_patch16_224 was built for 32x32"),
+        (["--data.batch_size", "9"], "has 4 images, which is less than one batch of 9: set data.batch_size to 4 or less"),
+        (["--data.root", "/nowhere"], "data.root: there is no folder /nowhere"),
+        (["--trainer.precision", "bf15"], "trainer.precision"),
+    ],
+)
+def test_mistakes_in_values(
+    capsys: pytest.CaptureFixture[str], photos: Path, words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    assert expected in mistake(capsys, *SMALL, "--data.root", str(photos), *words)
+
+
+def test_weights_that_cannot_be_had(capsys: pytest.CaptureFixture[str], photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, the teacher's weights are asked for by file or by name of the option, and never replaced in silence."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(photos))
+    line = mistake(capsys, "fit", "--config", MASKDISTILL, "--data.root", str(photos))
+    assert "weights of 'vit_base_patch16_clip_quickgelu_224.openai' cannot be had" in line
+    assert "weights=PATH" in line
+    assert "--random_weights" in line
+    assert sorted(path.suffix for path in photos.iterdir() if path.is_file()) == [".jpg"] * 4
+    line = mistake(capsys, "fit", "--config", MASKDISTILL, "--data.root", str(photos), "--model.teacher.weights", "no.pt")
+    assert line == "unimim: error: there is no file no.pt to read weights from"
+
+
+def test_an_unreadable_image_in_a_worker_is_one_line(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
+    (photos / "broken.png").write_bytes(b"no image")
+    line = mistake(
+        capsys,
+        *SMALL,
+        f"--data.root={photos}",
+        "--data.batch_size=5",
+        "--data.num_workers=1",
+        f"--trainer.default_root_dir={photos}",
+        "--trainer.logger=false",
+    )
+    assert "unreadable image" in line
+    assert "broken.png" in line
+
+
+def test_a_users_own_bug_keeps_its_traceback(photos: Path) -> None:
+    (photos / "buggy.py").write_text(
+        "import torch\nfrom unimim import TargetGenerator\n\n\nclass Buggy(TargetGenerator):\n    dim = 3\n\n"
+        "    def forward(self, images, grid_size):\n        return images.no_such_method()\n"
+    )
+    done = run_unimim("pretrain", *SMALL, "--data.root=.", "--model.teacher=buggy.Buggy", cwd=photos)
+    assert done.returncode
+    assert "buggy.py" in done.stderr
+    assert "no_such_method" in done.stderr
+
+
+def test_a_target_of_ten_lines_in_the_users_own_file(photos: Path) -> None:
+    """Found from the working directory; trains, saves, and the encoder comes back from the file."""
+    (photos / "mytarget.py").write_text(
+        '''from einops import reduce
+from unimim import TargetGenerator
+
+
+class MeanColor(TargetGenerator):
+    """The mean colour of each patch."""
+
+    dim = 3
+
+    def forward(self, images, grid_size):
+        h, w = grid_size
+        return reduce(images, "b c (h p) (w q) -> b h w c", "mean", h=h, w=w)
+'''
+    )
+    done = run_unimim("pretrain", *SMALL, "--data.root=.", "--model.teacher=mytarget.MeanColor", cwd=photos)
+    assert done.returncode == 0, done.stderr
+    assert "T  teacher        MeanColor" in done.stdout
+    assert "2 images a step (1 devices x 2 x 1 accumulated), peak lr 0.0015" in done.stdout
+    (checkpoint,) = photos.rglob("*.ckpt")
+    assert f"checkpoint: {checkpoint}" in done.stdout or str(checkpoint.relative_to(photos)) in done.stdout
+    assert unimim.load_backbone(checkpoint).num_features == 24
+
+
+def test_short_names_and_a_ratio_on_the_command_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--model.masking.ratio` after the config wins; the file says so when it is loaded again."""
+    monkeypatch.chdir(photos)
+    main(["pretrain", *SMALL, "--data.root=.", "--model.masking.ratio=0.6", "--model.teacher=HOGTarget",
+          "--model.teacher.patch_size=8", "--model.teacher.cell_size=4"])  # fmt: skip
+    (checkpoint,) = photos.rglob("*.ckpt")
+    model = unimim.MaskedImageModeling.load_from_checkpoint(checkpoint, weights_only=True)
+    assert model.masking.ratio == 0.6
+    assert isinstance(model.teacher, unimim.HOGTarget)
+    assert isinstance(model.loss, torch.nn.SmoothL1Loss)
+    assert (photos / "outputs" / "pretrain" / "version_0" / "config.yaml").is_file()
+
+
+def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
+    """The switch reaches every network that could be pretrained, nested ones too, and says which."""
+    from unimim.commands import run
+
+    words = ["--model.teacher={class_path: FeatureTarget, init_args: {dim: 112, resolution: 64, mean: [0.5, 0.5, 0.5], "
+             "std: [0.5, 0.5, 0.5], network: {class_path: unimim.EfficientNetLite0}}}"]  # fmt: skip
+    model = run(
+        "pretrain",
+        [*SMALL, f"--data.root={photos}", *words, "--random_weights", "--trainer.max_steps=1", "--trainer.logger=false",
+         "--trainer.enable_checkpointing=false"],
+    ).model  # fmt: skip
+    said = capsys.readouterr().out
+    assert "WARNING: --random_weights" in said
+    assert "model.teacher (FeatureTarget)" in said
+    assert "model.teacher.network (EfficientNetLite0)" in said
+    real = unimim.EfficientNetLite0().state_dict()["stem.0.weight"]
+    assert not torch.equal(model.teacher.frozen.network.state_dict()["stem.0.weight"], real)

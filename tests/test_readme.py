@@ -1,0 +1,68 @@
+"""What the README shows is run, parsed, or equal to what was measured."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from unimim.cli import main
+
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (250, 240), (60 * i, 20, 100)).save(tmp_path / "photos" / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(PYTHON[0], names)
+    assert type(names["encoder"]).__name__ == "VisionTransformer"
+    assert names["model"].global_step == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parsed as it stands, with the README's own mytarget.py in the working directory."""
+    (tmp_path / "mytarget.py").write_text(PYTHON[1])
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    program, *words = shlex.split(command, comments=True)
+    assert program == "unimim"
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--print_config"])
+    assert not end.value.code
+    assert "normalization:" in capsys.readouterr().out
+
+
+def test_the_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in re.findall(r"`(--trainer[^`]+)`", README):
+        with pytest.raises(SystemExit) as end:
+            main(["pretrain", "fit", "--config", str(ROOT / "conf/pretrain/demo_hog.yaml"), *words.split(), "--print_config"])
+        assert not end.value.code, words
+    assert "class_path: unimim.callbacks.KNNCallback" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_demos_table_is_what_was_measured() -> None:
+    """`make demo-readme` writes both."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import demo
+
+    results = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
+    assert demo.readme_with(README, results) == README
+    assert {row["target"] for row in results["rows"]} == {"random init", "pixels", "hog", "features"}
