@@ -3,33 +3,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEBIAN := data/debian
-FASHION := $(DEBIAN)/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+FASHION := data/FashionMNIST/raw/t10k-labels-idx1-ubyte
 # On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
 CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
 .PHONY: help install data demo demo-readme demo-tune test test-fast lint types format notebooks bench clean
 
 help:  ## print this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed data  ## make .venv with everything that the other targets need, and fetch Fashion-MNIST
 
 .venv/installed: setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[demo,dev,notebooks]'
 	touch $@
 
-# Debian's package, fetched and unpacked without root. Where there is no apt, torchvision downloads the files when needed.
-data: $(if $(shell command -v apt-get),$(FASHION))
+# Fashion-MNIST: Debian's package, fetched and unpacked without root; where there is no apt, torchvision downloads it.
+data: $(FASHION)
 
-$(FASHION):
+$(FASHION): | .venv/installed
+	-if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then $(MAKE) --no-print-directory $(DEBIAN); fi
+	-$(BIN)/python -c "from pathlib import Path; from unimim.data.fashion_mnist import provide; print(provide(Path('data')))"
+
+$(DEBIAN):
 	mkdir -p $(DEBIAN)/apt/lists/partial $(DEBIAN)/apt/cache
-	cd $(DEBIAN) && { apt-get -q download dataset-fashion-mnist || { \
-	  apt-get -q -o Dir::State::lists=$(CURDIR)/$(DEBIAN)/apt/lists -o Dir::Cache=$(CURDIR)/$(DEBIAN)/apt/cache update && \
-	  apt-get -q -o Dir::State::lists=$(CURDIR)/$(DEBIAN)/apt/lists -o Dir::Cache=$(CURDIR)/$(DEBIAN)/apt/cache download dataset-fashion-mnist; } } \
-	  && dpkg-deb -x dataset-fashion-mnist_*.deb . && rm -rf dataset-fashion-mnist_*.deb apt \
-	  || echo "dataset-fashion-mnist cannot be had from apt: torchvision will download Fashion-MNIST when it is first used"
+	cd $(DEBIAN) && own="-o Dir::State::lists=apt/lists -o Dir::Cache=apt/cache" && { \
+	  apt-get -q download dataset-fashion-mnist || \
+	  { apt-get -q $$own update && apt-get -q $$own download dataset-fashion-mnist; }; } && \
+	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm -rf dataset-fashion-mnist_*.deb apt || { rm -rf ../debian; false; }
 
 demo: install  ## pretrain a small student with three targets on real images, compare, draw (12 minutes on 2 cores)
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py
@@ -58,11 +61,12 @@ types: install  ## mypy, strict, on src
 	$(BIN)/mypy
 
 notebooks: install  ## execute the notebooks
+	@test -n "$(wildcard notebooks/*.ipynb)" || echo "there are no notebooks yet"
 	@for file in $(wildcard notebooks/*.ipynb); do $(BIN)/jupyter execute "$$file" || exit 1; done
 
 bench: install  ## run the benchmarks
 	@for file in $(filter-out benchmarks/demo.py,$(wildcard benchmarks/*.py)); do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
 
-clean:  ## remove environment, data, outputs and caches
-	rm -rf .venv data outputs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+clean:  ## remove environment and caches; data and outputs stay
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -59,7 +59,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return end.value.code
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"], ["pretrian"]])
+@pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"], ["pretrian"], ["pretrain", "fti"]])
 def test_the_first_answers_come_without_torch(words: list[str]) -> None:
     code = (
         f"import sys; from unimim.cli import main\ntry:\n    main({words})\n"
@@ -68,7 +68,10 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert "Traceback" not in said
-    if words == ["pretrian"]:
+    if words == ["pretrain", "fti"]:
+        assert done.returncode
+        assert said == "unimim: error: there is no subcommand of pretrain 'fti'. Did you mean 'fit'? Known: fit\n"
+    elif words == ["pretrian"]:
         assert done.returncode
         assert said == "unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: pretrain\n"
     else:
@@ -109,6 +112,11 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str], words: list[str],
         (["--model.teacher.patch_size", "16"], "do not meet: 32x32 pixels on a 4x4 grid are patches of 8 pixels"),
         (["--data.image_size", "64"], "images are 64x64 pixels, but beit_base_patch16_224 was built for 32x32"),
         (["--data.batch_size", "9"], "has 4 images, which is less than one batch of 9: set data.batch_size to 4 or less"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt does not exist"),
+        (["--ckpt_path", "0.jpg"], "ckpt_path: 0.jpg is truncated, or no checkpoint"),
+        (["--model.lr", "0"], "model.lr must be above 0"),
+        (["--trainer.max_epochs=-1"], "an endless training has no cosine"),
+        (["--model.student.model_args.num_heads", "7"], "beit_base_patch16_224"),
         (["--data.root", "/nowhere"], "data.root: there is no folder /nowhere"),
         (["--trainer.precision", "bf15"], "trainer.precision"),
     ],
@@ -200,18 +208,48 @@ def test_short_names_and_a_ratio_on_the_command_line(photos: Path, monkeypatch: 
 
 def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     """The switch reaches every network that could be pretrained, nested ones too, and says which."""
-    from unimim.commands import run
+    from unimim.commands import pretrain
 
     words = ["--model.teacher={class_path: FeatureTarget, init_args: {dim: 112, resolution: 64, mean: [0.5, 0.5, 0.5], "
              "std: [0.5, 0.5, 0.5], network: {class_path: unimim.EfficientNetLite0}}}"]  # fmt: skip
-    model = run(
-        "pretrain",
-        [*SMALL, f"--data.root={photos}", *words, "--random_weights", "--trainer.max_steps=1", "--trainer.logger=false",
-         "--trainer.enable_checkpointing=false"],
-    ).model  # fmt: skip
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1"]
+    model = pretrain([*SMALL, f"--data.root={photos}", *words, *off, "--random_weights"]).model
     said = capsys.readouterr().out
     assert "WARNING: --random_weights" in said
-    assert "model.teacher (FeatureTarget)" in said
+    assert "model.teacher (FeatureTarget)" not in said  # it has no network of timm's
     assert "model.teacher.network (EfficientNetLite0)" in said
     real = unimim.EfficientNetLite0().state_dict()["stem.0.weight"]
     assert not torch.equal(model.teacher.frozen.network.state_dict()["stem.0.weight"], real)
+
+
+def test_a_run_goes_on_from_its_checkpoint(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs and two more from the file end where four epochs end: step, schedule and optimizer."""
+    monkeypatch.chdir(photos)
+    from unimim.commands import pretrain
+
+    whole = ["--data.root=.", "--data.batch_size=4", "--data.crop_scale=[1.0, 1.0]", "--data.flip=0", "--data.color_jitter=0",
+             "--model.student.model_args.drop_path_rate=0", "--model.warmup_epochs=1", "--trainer.max_epochs=4"]  # fmt: skip
+    through = pretrain([*SMALL, *whole, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"])
+    (halfway,) = photos.rglob("*epoch=1*.ckpt")
+    again = pretrain([*SMALL, *whole, f"--ckpt_path={halfway}"])
+    assert again.trainer.global_step == through.trainer.global_step == 4
+    optimizers = [cli.trainer.optimizers[0] for cli in (again, through)]
+    assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+    steps = [{float(state["step"]) for state in optimizer.state.values()} for optimizer in optimizers]
+    assert steps == [{4.0}, {4.0}]
+
+
+def test_teacher_weights_from_a_file(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CLIP-shaped teacher, one block of it, with its weights in a file of the user's."""
+    monkeypatch.chdir(photos)
+    name, depth = "vit_base_patch16_clip_quickgelu_224.openai", {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    weights = unimim.FeatureTarget(name, weights="random", model_args=depth).frozen.network.state_dict()
+    torch.save(weights, "clip.pt")
+    from unimim.commands import pretrain
+
+    words = ["--model.teacher=FeatureTarget", f"--model.teacher.network={name}", f"--model.teacher.model_args={depth}"]
+    model = pretrain([*SMALL, "--data.root=.", *words, "--model.teacher.weights=clip.pt"]).model
+    loaded = model.teacher.frozen.network.state_dict()
+    assert all(torch.equal(loaded[key].cpu(), value) for key, value in weights.items() if key != "pos_embed")
+    (checkpoint,) = photos.rglob("*.ckpt")
+    assert checkpoint.stat().st_size < 1_000_000

@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from unimim.commands import run
+from unimim.commands import pretrain
 from unimim.pretraining import LETTERS
 
 ROWS = sorted((ROOT / "conf" / "pretrain").glob("*.yaml"))
@@ -22,7 +22,7 @@ def two_steps(path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, *words:
     """From another working directory, so that what is written shows; the data is the repository's."""
     monkeypatch.chdir(folder)
     command = ["fit", "--config", str(path), "--config", str(DEBUG), "--data.root", str(ROOT / "data"), *words]
-    cli = run("pretrain", [*command, "--trainer.enable_progress_bar=false"])
+    cli = pretrain([*command, "--trainer.enable_progress_bar=false"])
     assert cli.trainer.global_step == 2
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
     assert list(folder.iterdir()) == []

@@ -91,13 +91,38 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
         warnings.simplefilter("always")
         (batch,) = data.train_dataloader()
     assert len(batch) == 5  # the next readable image takes the place
-    assert {path.name for path in data.images.skipped} == {"b.jpg", "c.png"}
+    marked = [path.name for path, bad in zip(data.images.files, data.images.unreadable, strict=True) if bad]
+    assert marked == ["b.jpg", "c.png"]
     texts = [str(w.message) for w in caught if "skipped" in str(w.message)]
     assert len(texts) == 2
     assert "(2 skipped so far)" in texts[1]
+    with pytest.warns(UserWarning, match="2 of 5 image files in .* could not be read and were skipped"):
+        data.teardown("fit")
+    workers = folder(tmp_path, batch_size=5, on_bad_image="skip", num_workers=2)
+    for _ in range(2):  # by whatever worker, each file counts once
+        list(workers.train_dataloader())
+    assert workers.images.unreadable.sum() == 2
     only_bad = ImageFiles([bad], transform=lambda image: torch.zeros(1), on_bad_image="skip")
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 1 image files can be read"):
         only_bad[0]
+
+
+def test_links_to_folders_are_followed_and_32_bit_gray_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "cat").symlink_to(tmp_path / "elsewhere")
+    assert len(folder(tmp_path / "root", batch_size=1).images) == 1
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"unreadable image .*float\.tiff \(32-bit gray, mode F"):
+        read_image(tmp_path / "float.tiff")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"flip": 2.0}, {"crop_scale": (1.0, 0.2)}, {"batch_size": 0}, {"image_size": 0}, {"num_workers": -1}]
+)
+def test_impossible_numbers(tmp_path: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"data: .*{next(iter(wrong))}"):
+        folder(tmp_path, **wrong)
 
 
 def test_imagenets_layout_pretrains_on_train_and_has_labels(tmp_path: Path) -> None:

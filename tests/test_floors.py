@@ -1,10 +1,13 @@
 """An import points only to a lower floor, and files of one floor do not import each other (DESIGN: floors)."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import unimim
 
 SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
@@ -72,3 +75,22 @@ def test_wandb_and_jsonargparse_stay_on_the_top_floor() -> None:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [m for m in modules if m.split(".")[0] in ("wandb", "jsonargparse") or m == "pytorch_lightning.cli"]
+
+
+def test_the_public_names_are_written_once_for_people_and_once_for_python() -> None:
+    """`__init__` imports lazily; the imports that type checkers read have to say the same."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    for_people = {
+        alias.name: node.module.removeprefix("unimim.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unimim.")
+        for alias in node.names
+    }
+    assert for_people == unimim.MODULE_OF
+    assert all(getattr(unimim, name).__name__ == name for name in unimim.__all__)
+
+
+def test_every_file_of_the_package_is_in_git() -> None:
+    """An ignore rule for `data/` once took `src/unimim/data` with it."""
+    ignored = subprocess.run(["git", "check-ignore", *map(str, FILES)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout == ""

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import FeatureTarget, LayerNorm, LinearHead, MaskedImageModeling, PixelTarget, RandomMasking, TargetGenerator
+from unimim import (
+    FeatureTarget,
+    LayerNorm,
+    LinearHead,
+    MaskedImageModeling,
+    Masking,
+    MaskTokenStudent,
+    PixelTarget,
+    RandomMasking,
+    TargetGenerator,
+)
 from unimim.interfaces import Grid
 from unimim.optim import parameter_groups, warmup_cosine
 
@@ -178,9 +188,66 @@ def test_a_nan_loss_stops_with_one_line(tmp_path: Path) -> None:
         def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
             return F.mse_loss(prediction, target) * torch.nan
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0 \(lr 1.00e-06\): try a lower model.lr") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"became NaN or infinite by step 0 \(lr 1.00e-06\): try a lower model.lr"
+    ) as caught:
         fit(tiny_model(loss=Diverging()), torch.rand(4, 3, 32, 32), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_nan_that_no_step_looked_at_is_seen_before_saving(tmp_path: Path) -> None:
+    """As on a GPU between two looks."""
+    model = tiny_model()
+    trainer = fit(model, torch.rand(4, 3, 32, 32), tmp_path)
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    model.diverged |= torch.tensor(True)
+    with pytest.raises(FloatingPointError):
+        trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bad.ckpt").exists()
+    with pytest.raises(FloatingPointError):
+        model.on_train_end()
+
+
+@pytest.mark.parametrize("wrong", [{"selection": "hidden"}, {"lr": 0.0}, {"weight_decay": -1.0}, {"warmup_epochs": -1.0}])
+def test_numbers_out_of_range(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tiny_model(**wrong)
+
+
+def test_an_endless_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set trainer.max_epochs or trainer.max_steps"):
+        fit(tiny_model(), torch.rand(4, 3, 32, 32), tmp_path, max_epochs=-1)
+
+
+def test_a_loss_with_parameters_learns(tmp_path: Path) -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return F.mse_loss(prediction, target) * self.weight.exp() - self.weight.sum()
+
+    model = tiny_model(loss=Weighted(), warmup_epochs=0)
+    fit(model, torch.rand(4, 3, 32, 32), tmp_path)
+    assert model.loss.weight.item() != 1.0
+
+
+def test_unequal_counts_and_students_that_cannot_take_their_images() -> None:
+    class Uneven(Masking):
+        def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+            mask = torch.zeros(len(images), *grid_size, dtype=torch.bool)
+            mask[0, 0, 0] = mask[1, 0, 0] = mask[1, 0, 1] = True
+            return mask
+
+    with pytest.raises(ValueError, match="Uneven has to hide as many patches in every image"):
+        tiny_model(masking=Uneven())
+    with pytest.raises(ValueError, match=r"img_size 30x30: that is no whole number of its patches of 8 pixels"):
+        MaskTokenStudent("vit_tiny_patch16_224", {"img_size": 30, "patch_size": 8})
+    with pytest.raises(ValueError, match="cannot hold global_pool: a student has no classifier"):
+        MaskTokenStudent("vit_tiny_patch16_224", {"global_pool": "avg"})
+    with pytest.raises(ValueError, match="cannot hold pretrained"):
+        MaskTokenStudent("vit_tiny_patch16_224", {"pretrained": True})
 
 
 def test_parts_that_do_not_fit_fail_at_once() -> None:
@@ -190,7 +257,7 @@ def test_parts_that_do_not_fit_fail_at_once() -> None:
         def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
             return torch.zeros(len(images), *grid_size, 4)
 
-    with pytest.raises(ValueError, match=r"FourColors gives .*\(1, 4, 4, 4\).*\(1, 4, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"FourColors gives .*\(2, 4, 4, 4\).*\(2, 4, 4, 3\)"):
         tiny_model(teacher=FourColors())
     with pytest.raises(ValueError, match=r"PixelTarget\(patch_size=16\).*do not meet.*set model.teacher.patch_size"):
         tiny_model(teacher=PixelTarget(16))

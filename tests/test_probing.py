@@ -132,13 +132,16 @@ def test_from_checkpoint_to_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         load_backbone(tmp_path / "none.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of unimim's pretraining"):
         load_backbone(tmp_path / "other.ckpt")
     trainer, _ = trained(tmp_path, [])
     path = Path(trainer.checkpoint_callback.best_model_path)
+    (tmp_path / "page.ckpt").write_bytes(b"<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(ValueError, match=r"holds no weights, it starts with b'<!DOCTYPE html>"):
+        load_backbone(tmp_path / "page.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="may be truncated"):
         load_backbone(tmp_path / "cut.ckpt")
@@ -151,5 +154,18 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
         load_backbone(tmp_path / "renamed.ckpt")
     with pytest.raises(ValueError, match="of another shape"):
         load_backbone(path, embed_dim=48)
-    with pytest.raises(ValueError, match="needs a backbone with a classifier"):
-        FineTuning(load_backbone(path))
+    for arguments in ({}, {"num_classes": 3}):  # no head; a head on every token
+        with pytest.raises(ValueError, match="needs a backbone with a classifier"):
+            FineTuning(load_backbone(path, **arguments))
+
+
+def test_k_larger_than_the_bank_fails_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="asks 25 neighbours, but only 24 images have labels"):
+        trained(tmp_path, [KNNCallback(k=25)])
+
+
+def test_the_last_epoch_is_measured_also_when_steps_end_it(tmp_path: Path) -> None:
+    trainer = pl.Trainer(max_epochs=-1, max_steps=8, accelerator="cpu", default_root_dir=tmp_path, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False, callbacks=[KNNCallback(10, k=1)])  # fmt: skip
+    trainer.fit(tiny_model(), Labelled())
+    assert trainer.callback_metrics["val/knn"] == 1.0

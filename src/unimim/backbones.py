@@ -10,38 +10,43 @@ import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
+RESERVED = ("pretrained", "checkpoint_path")
+
 
 def create_backbone(name: str, pretrained: bool = False, **model_args: Any) -> Any:
     """Makes the timm model `name` with `model_args`: an `nn.Module` with timm's attributes, which no type describes.
 
     Raises:
-        ValueError: timm has no model of this name or no weights for it (the nearest names are listed), the model takes
-            no such argument, or its weights cannot be had, as on a machine without a network.
+        ValueError: timm has no model of this name or no weights for it (the nearest names are listed), the model does not
+            take these arguments, or its weights cannot be had, as on a machine without a network.
     """
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        raise ValueError(f"timm has no model {name!r}.{nearest(architecture, timm.list_models())}")
-    if "." in name and not is_model_pretrained(name):
+    if ":" not in name and not timm.is_model(architecture):  # hf-hub:owner/name is another of timm's sources
+        own = " (where a module of your own is taken, give its class_path)" if "." in name else ""
+        raise ValueError(f"timm has no model {name!r}{own}.{nearest(architecture, timm.list_models())}")
+    if ":" not in name and "." in name and not is_model_pretrained(name):
         known = timm.list_models(f"{architecture}.*", pretrained=True)
         raise ValueError(f"timm has no weights {name!r}.{nearest(name, known)}")
+    if taken := [key for key in RESERVED if key in model_args]:
+        raise ValueError(f"model_args of {name!r} cannot hold {', '.join(taken)}; a teacher's `weights` says which")
     refuse_wrong_gelu(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **model_args)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} does not take these model_args: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {name!r} do not fit these model_args: {str(error).splitlines()[0]}") from error
+    except OSError as error:
         raise ValueError(
-            f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): give weights=PATH with a "
-            f"state dict of this model, or weights='random' (--random_weights) to try the recipe without them"
+            f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): give weights=PATH with a state "
+            f"dict of this model (--model.teacher.weights PATH), or weights='random' (--random_weights) to try the recipe"
         ) from error
 
 
 def refuse_wrong_gelu(name: str) -> None:
     """CLIP towers that were trained with QuickGELU also load, silently, under a name that computes GELU."""
     architecture = name.split(".")[0]
-    config = get_pretrained_cfg(name)
+    config = get_pretrained_cfg(name) if ":" not in name else None
     if config is None or "_clip_" not in architecture or "_clip_quickgelu_" in architecture:
         return
     quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
@@ -55,29 +60,39 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Nearest: {', '.join(matches)}" if matches else ""
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a `torch.save` file, whose pickle may hold nothing but plain data.
-
-    A dict that wraps the weights in one of the keys `state_dict`, `model` or `module` is opened.
+def read_file(path: str | Path) -> Any:
+    """What a `.safetensors` file or a file of `torch.save` holds; its pickle may hold nothing but tensors and plain data.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, no state dict, or a pickle that wants to run code.
+        ValueError: the file is truncated, of another kind, or a pickle that wants to run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to read weights from")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: its pickle holds more than tensors and plain data") from error
     except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
         raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a file of weights; a dict that wraps them in `state_dict`, `model` or `module` is opened.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`, or the file holds something else than a state dict.
+    """
+    content = read_file(path)
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

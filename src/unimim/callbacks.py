@@ -19,7 +19,7 @@ class KNNCallback(pl.Callback):
         k, temperature: of the vote, see `unimim.probing.knn`.
 
     Raises:
-        ValueError: the data module has no labelled images.
+        ValueError: the data module has no labelled images, or fewer than k.
     """
 
     def __init__(self, every_n_epochs: int = 10, k: int = 20, temperature: float = 0.07) -> None:
@@ -32,11 +32,15 @@ class KNNCallback(pl.Callback):
         if not hasattr(data, "labelled_dataloader"):
             raise ValueError(f"KNNCallback needs a data module with labelled_dataloader(split), got {type(data).__name__}")
         self.loaders = [data.labelled_dataloader(split) for split in ("train", "val")]
+        labelled = len(self.loaders[0].dataset)
+        if labelled < self.k:
+            raise ValueError(f"KNNCallback asks {self.k} neighbours, but only {labelled} images have labels")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MaskedImageModeling)
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+        last = trainer.should_stop or epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if epoch % self.every_n_epochs and not last:
             return
         backbone = pl_module.student.backbone
         (bank, bank_labels), (features, labels) = (extract_features(backbone, loader) for loader in self.loaders)

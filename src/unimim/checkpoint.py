@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from unimim.backbones import create_backbone, load_strictly
+from unimim.backbones import create_backbone, load_strictly, read_file
 from unimim.interfaces import Student
 
 PREFIX = "student.backbone."
@@ -37,12 +36,7 @@ def load_backbone(path: str | Path, **model_args: Any) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is no pretraining checkpoint, or its weights do not fit a model of these arguments.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's exceptions for a damaged file are many
-        raise ValueError(f"{path} cannot be read, it may be truncated ({type(error).__name__})") from error
+    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or "backbone" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of unimim's pretraining: it does not name a backbone")
     described = checkpoint["backbone"]

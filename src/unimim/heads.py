@@ -6,7 +6,7 @@ from unimim.interfaces import Head, Student, TargetGenerator
 
 
 class LinearHead(Head):
-    """One fully connected layer ("FC" in the paper's Table 1).
+    """One fully connected layer: the head of BEiT, MaskFeat and both public re-implementations of MaskDistill.
 
     Args:
         student: gives d, the width of the tokens.

@@ -11,7 +11,7 @@ channels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +38,17 @@ class Frozen:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
         return self
+
+
+def held_by(value: Any) -> Iterator[Frozen]:
+    """The `Frozen` in a value, also in lists and dicts; modules are left to themselves."""
+    if isinstance(value, Frozen):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from held_by(item)
+    elif isinstance(value, dict):
+        yield from held_by(list(value.values()))
 
 
 class TargetGenerator(nn.Module, ABC):
@@ -77,30 +88,16 @@ class TargetGenerator(nn.Module, ABC):
 
     def networks(self) -> list[nn.Module]:
         """The frozen networks, also of targets within this one, which `parameters()` does not see."""
-        return [held.network for module in self.modules() for held in vars(module).values() if isinstance(held, Frozen)]
+        return [held.network for module in self.modules() for held in held_by(vars(module))]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TargetGenerator":
-        for held in vars(self).values():
-            if isinstance(held, Frozen):
-                held.network._apply(fn)
+        for held in held_by(vars(self)):
+            held.network._apply(fn)
         return super()._apply(fn, recurse)
 
 
 class Masking(nn.Module, ABC):
-    """M: which patches the student does not see.
-
-    Args:
-        ratio: the share of patches to hide, in (0, 1).
-
-    Raises:
-        ValueError: the ratio is outside (0, 1); on use, it hides no patch of the grid, or every patch.
-    """
-
-    def __init__(self, ratio: float) -> None:
-        super().__init__()
-        if not 0 < ratio < 1:
-            raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1")
-        self.ratio = ratio
+    """M: which patches the student does not see."""
 
     @abstractmethod
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -108,17 +105,6 @@ class Masking(nn.Module, ABC):
 
     def attach(self, teacher: TargetGenerator) -> None:
         """Called once, before training, for a masking that samples by the teacher's attention."""
-
-    def count(self, cells: int) -> int:
-        """How many of `cells` are hidden: `ratio * cells`, rounded."""
-        count = round(self.ratio * cells)
-        if not 0 < count < cells:
-            hidden = "every patch" if count else "no patch"
-            raise ValueError(f"model.masking.ratio {self.ratio} hides {hidden} of a grid of {cells}")
-        return count
-
-    def extra_repr(self) -> str:
-        return f"ratio={self.ratio}"
 
 
 class Student(nn.Module, ABC):
@@ -131,7 +117,8 @@ class Student(nn.Module, ABC):
             `backbone.pretrained_cfg`, so that whoever gets the backbone feeds it the same.
 
     Raises:
-        ValueError: timm has no such name, or the model takes no such argument.
+        ValueError: timm has no such name, the model does not take these arguments, or its image is not a whole number of
+            patches.
     """
 
     mean: Tensor
@@ -147,10 +134,18 @@ class Student(nn.Module, ABC):
         super().__init__()
         self.name = backbone
         self.model_args = dict(model_args or {})
+        if taken := [key for key in ("num_classes", "global_pool") if key in self.model_args]:
+            raise ValueError(f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier")
         self.backbone: Any = create_backbone(backbone, num_classes=0, global_pool="", **self.model_args)
+        if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
+            raise ValueError(f"{backbone} has no patch embedding: a student is a plain ViT or BEiT")
         self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        reduction = self.backbone.feature_info[-1]["reduction"]
+        if any(side % reduction for side in self.image_size):
+            given = "x".join(map(str, self.image_size))
+            raise ValueError(f"{backbone} with img_size {given}: that is no whole number of its patches of {reduction} pixels")
 
     @property
     def image_size(self) -> Grid:

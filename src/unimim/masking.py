@@ -1,4 +1,4 @@
-"""M, the masking: which patches are hidden (paper, section 2: "block-wise or random masking")."""
+"""M, the masking: which patches are hidden."""
 
 import math
 
@@ -12,17 +12,46 @@ MAX_BLOCKS_TRIED = 100
 """Rectangles proposed to one image before random patches fill the rest (an image needs more than 60 in < 1e-4 draws)."""
 
 
+def checked(ratio: float) -> float:
+    """
+    Raises:
+        ValueError: the ratio is no share between 0 and 1.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1")
+    return ratio
+
+
+def hidden_count(ratio: float, cells: int) -> int:
+    """How many of `cells` are hidden: `ratio * cells`, rounded.
+
+    Raises:
+        ValueError: that is none of them, or all.
+    """
+    count = round(ratio * cells)
+    if not 0 < count < cells:
+        raise ValueError(f"model.masking.ratio {ratio} hides {'every' if count else 'no'} patch of a grid of {cells}")
+    return count
+
+
 class RandomMasking(Masking):
     """Each patch alike, as MAE (He et al., 2022; there with a ratio of 0.75).
 
     Args:
         ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
+
+    Raises:
+        ValueError: the ratio is outside (0, 1); on use, it hides no patch of the grid, or every patch.
     """
+
+    def __init__(self, ratio: float = 0.75) -> None:
+        super().__init__()
+        self.ratio = checked(ratio)
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
         scores = torch.rand(len(images), h * w, device=images.device)
-        return rearrange(highest(scores, self.count(h * w)), "b (h w) -> b h w", h=h)
+        return rearrange(highest(scores, hidden_count(self.ratio, h * w)), "b (h w) -> b h w", h=h)
 
 
 class BlockMasking(Masking):
@@ -37,18 +66,29 @@ class BlockMasking(Masking):
         ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
         min_block: the smallest area proposed, in patches. BEiT's is 16 on a 14x14 grid; None scales that with the grid.
         min_aspect: aspect ratios lie between this and its inverse (BEiT: 0.3).
+
+    Raises:
+        ValueError: the ratio is outside (0, 1), `min_block` below 1, or `min_aspect` outside (0, 1]; on use, the ratio hides
+            no patch of the grid or every patch, or fewer than one smallest block.
     """
 
     def __init__(self, ratio: float = 0.4, min_block: int | None = None, min_aspect: float = 0.3) -> None:
-        super().__init__(ratio)
+        super().__init__()
+        if min_block is not None and min_block < 1:
+            raise ValueError(f"model.masking.min_block is {min_block}, but a block has at least 1 patch")
+        if not 0 < min_aspect <= 1:
+            raise ValueError(f"model.masking.min_aspect is {min_aspect}, but it lies between 0 and 1 (BEiT: 0.3)")
+        self.ratio = checked(ratio)
         self.min_block = min_block
         self.min_aspect = min_aspect
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
         b, device = len(images), images.device
-        count = self.count(h * w)
-        min_block = self.min_block if self.min_block is not None else max(1, round(16 * h * w / 196))
+        count = hidden_count(self.ratio, h * w)
+        min_block = self.min_block if self.min_block is not None else min(count, max(1, round(16 * h * w / 196)))
+        if min_block > count:
+            raise ValueError(f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {count} patches")
         log_aspect = math.log(self.min_aspect)
         rows = torch.arange(h, device=device)
         columns = torch.arange(w, device=device)

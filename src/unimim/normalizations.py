@@ -1,4 +1,4 @@
-"""N, the normalization of the target (paper, section 3; `nn.Identity` is the letter's "none")."""
+"""N, the normalization of the target; `nn.Identity` is none."""
 
 import torch
 from torch import Tensor, nn

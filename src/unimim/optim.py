@@ -14,22 +14,28 @@ from torch.optim.lr_scheduler import LambdaLR
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: what learns in `modules`, with weight decay and without.
 
-    1-D parameters, positions and tokens do not decay; backbones name theirs in `no_weight_decay()`. BEiT's bias tables do
-    decay, as in the official code, which timm's list would exclude.
+    1-D parameters, positions and tokens do not decay.
     """
     groups: dict[float, dict[str, Any]] = {}
     for module in modules:
-        undecayed = {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, part in module.named_modules()
-            if hasattr(part, "no_weight_decay")
-            for name in part.no_weight_decay()
-            if not (isinstance(part, Beit) and name.endswith("relative_position_bias_table"))
-        }
-        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed):
+        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed(module)):
             merged = groups.setdefault(group["weight_decay"], {"params": [], "weight_decay": group["weight_decay"]})
             merged["params"].extend(group["params"])
     return list(groups.values())
+
+
+def undecayed(module: nn.Module) -> set[str]:
+    """The positions and tokens of every backbone within `module`, by their parameter's name.
+
+    Backbones name them in `no_weight_decay()`. BEiT's bias tables do decay in the official code, against timm's list.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+        if not (isinstance(part, Beit) and name.endswith("relative_position_bias_table"))
+    }
 
 
 def warmup_cosine(
@@ -57,7 +63,12 @@ def schedule(
     """What `configure_optimizers` returns: the optimizer, and `warmup_cosine` over all steps of this training.
 
     Accumulation is accounted for; `warmup_epochs` may be a part of one, and is cut to the length of the training.
+
+    Raises:
+        ValueError: the training has no end.
     """
+    if trainer.estimated_stepping_batches == math.inf:
+        raise ValueError("an endless training has no cosine: set trainer.max_epochs or trainer.max_steps")
     total_steps = int(trainer.estimated_stepping_batches)
     trainer.fit_loop.setup_data()  # the line above leaves the data alone when max_steps is given
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)

@@ -39,7 +39,7 @@ class MaskedImageModeling(pl.LightningModule):
         min_lr: where the cosine ends (BEiT v2: 1e-5).
 
     Raises:
-        ValueError: parts that do not fit together: each is tried on one blank image at once.
+        ValueError: a number out of its range, or parts that do not fit: they are tried on two blank images at once.
     """
 
     def __init__(
@@ -62,11 +62,17 @@ class MaskedImageModeling(pl.LightningModule):
         self.save_hyperparameters(ignore=list(LETTERS))
         if "_instantiator" in self.hparams:  # the command line knows the letters as plain configuration
             self.save_hyperparameters()
+        if selection not in ("masked", "visible", "all"):
+            raise ValueError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
+        if not lr > 0 or weight_decay < 0 or warmup_epochs < 0:
+            raise ValueError(
+                f"model.lr must be above 0, weight_decay and warmup_epochs not below: got {lr}, {weight_decay}, {warmup_epochs}"
+            )
         teacher.attach(student)
         masking.attach(teacher)
         built_head = head(student, teacher)
         teacher.attach_head(built_head)
-        self.teacher = teacher.requires_grad_(False)
+        self.teacher = teacher.requires_grad_(False).eval()
         self.normalization = normalization
         self.masking = masking
         self.student = student
@@ -75,6 +81,7 @@ class MaskedImageModeling(pl.LightningModule):
         self.selection = selection
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
+        self.diverged = torch.zeros((), dtype=torch.bool)
         self.check_parts()
 
     # The equation
@@ -99,8 +106,8 @@ class MaskedImageModeling(pl.LightningModule):
     # Its optimization
 
     def configure_optimizers(self) -> Any:
-        """AdamW over student and head, with warm-up and cosine per step."""
-        groups = parameter_groups([self.student, self.head], self.weight_decay)
+        """AdamW over student, head and a loss that has parameters, with warm-up and cosine per step."""
+        groups = parameter_groups([self.student, self.head, self.loss], self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         return schedule(optimizer, self.trainer, self.warmup_epochs, self.warmup_lr, self.min_lr)
 
@@ -117,32 +124,52 @@ class MaskedImageModeling(pl.LightningModule):
         self.teacher.eval()
         return self
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs to know."""
-        checkpoint["backbone"] = describe_backbone(self.student)
-
     def check_parts(self) -> None:
-        """Tries T, N and M on a blank image, so that parts that do not fit fail before the data is read.
+        """Tries the six letters on two blank images, so that parts that do not fit fail before the data is read.
 
         Raises:
-            ValueError: grids that do not meet, or a target or mask of another shape than its class promises.
+            ValueError: grids that do not meet, a shape other than promised, or a student that cannot take its images.
         """
+        self.eval()
         grid_size = self.student.grid_size
-        blank = torch.zeros(1, 3, *self.student.image_size)
+        blank = torch.zeros(2, 3, *self.student.image_size)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             mask = self.masking(blank, grid_size)
             target = self.normalization(self.teacher(blank, grid_size))
-        promised = (1, *grid_size) if target.dtype == torch.long else (1, *grid_size, self.teacher.dim)
-        if target.shape != promised:
-            raise ValueError(
-                f"{type(self.teacher).__name__} gives a target of shape {tuple(target.shape)} for one image, but its dim "
-                f"and the student's grid promise {promised}"
+            counts = mask.flatten(1).sum(1).tolist()
+            channels = () if target.dtype == torch.long else (self.teacher.dim,)
+            promise(self.masking, "mask", mask, (2, *grid_size))
+            promise(self.teacher, "target", target, (2, *grid_size, *channels))
+            if mask.dtype != torch.bool or counts[0] != counts[1]:
+                raise ValueError(f"{type(self.masking).__name__} has to hide as many patches in every image, in a bool mask")
+            selected = self.select(mask)
+            try:
+                tokens = self.student(blank, mask)
+            except RuntimeError as error:
+                given = f"{self.student.name} with model_args {self.student.model_args}"
+                raise ValueError(f"model.student: {given} cannot take its images: {error}") from error
+            promise(self.head, "prediction", self.head(tokens, mask, selected), (int(selected.sum()), self.teacher.dim))
+        self.train()
+
+    def on_fit_start(self) -> None:
+        """Prints the table of the six letters and the effective batch; gives each process a randomness of its own.
+
+        Raises:
+            ValueError: there is nothing to train on.
+        """
+        print_once(self.summary())
+        devices, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        batch = getattr(self.trainer.train_dataloader, "batch_size", None)
+        if self.trainer.num_training_batches == 0:
+            raise ValueError(f"{devices} devices share the data, and none has a whole batch of {batch}: lower data.batch_size")
+        if batch:
+            print_once(
+                f"{devices * batch * accumulated} images a step ({devices} devices x {batch} x {accumulated} accumulated), "
+                f"peak lr {self.lr:g}"
             )
-        if mask.shape != (1, *grid_size) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"{type(self.masking).__name__} gives a mask of shape {tuple(mask.shape)} and {mask.dtype} for one image, "
-                f"but the student's grid promises {(1, *grid_size)} and torch.bool"
-            )
+        if devices > 1:  # else every process would draw the same masks
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """
@@ -150,38 +177,41 @@ class MaskedImageModeling(pl.LightningModule):
             ValueError: the batch is not images alone, or not of the student's size.
         """
         if not isinstance(batch, Tensor) or batch.ndim != 4:
+            labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""
             raise ValueError(
-                f"pretraining takes batches of images alone, [b 3 H W] in [0, 1], but the data gave a {type(batch).__name__}"
-                f"{' (images and labels?)' if isinstance(batch, (list, tuple)) else ''}"
+                f"pretraining takes batches of images alone, [b 3 H W] in [0, 1], but the data gave a "
+                f"{type(batch).__name__}{labelled}"
             )
         self.student.check_image_size(batch)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Looks at every loss on a CPU; on a GPU, where a look waits for the device, at those that are logged.
-
-        Raises:
-            FloatingPointError: the loss is NaN or infinite.
-        """
+        """Notes a loss that is not finite, and looks: on a GPU, where a look waits for the device, in few steps only."""
+        self.diverged |= ~torch.isfinite(loss.detach())
         trainer: Any = self.trainer
-        logged = self.global_step % trainer.log_every_n_steps == 0
-        if (loss.device.type == "cpu" or logged) and not torch.isfinite(loss):
+        if loss.device.type == "cpu" or self.global_step % max(1, trainer.log_every_n_steps) == 0:
+            self.check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `load_backbone` needs to know; a model that diverged is not saved."""
+        self.check_finite()
+        checkpoint["backbone"] = describe_backbone(self.student)
+
+    def on_train_end(self) -> None:
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a loss since the last look was NaN or infinite.
+        """
+        if self.diverged:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} (lr {lr:.2e}): try a lower model.lr, "
-                f"trainer.gradient_clip_val, or trainer.precision 32-true; nothing was saved since the last checkpoint"
+                f"the loss became NaN or infinite by step {self.global_step} (lr {lr:.2e}): try a lower model.lr, "
+                f"trainer.gradient_clip_val, or trainer.precision 32-true; the last checkpoint before it is kept"
             )
 
     # What a person sees
-
-    def on_fit_start(self) -> None:
-        """Prints the table of the six letters and the effective batch."""
-        print_once(self.summary())
-        devices, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        if batch := getattr(self.trainer.train_dataloader, "batch_size", None):
-            print_once(
-                f"{devices * batch * accumulated} images a step ({devices} devices x {batch} x {accumulated} accumulated), "
-                f"peak lr {self.lr:g}"
-            )
 
     def summary(self) -> str:
         """The six letters: class, parameters, trainable or frozen."""
@@ -195,6 +225,18 @@ class MaskedImageModeling(pl.LightningModule):
             rows.append((letter, name, type(part).__name__, f"{sum(counts):,}" if counts else "-", state))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """
+    Raises:
+        ValueError: what a part gave for two images is of another shape than it has to be.
+    """
+    if value.shape != shape:
+        raise ValueError(
+            f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, but its dim and the student's "
+            f"grid promise {shape}"
+        )
 
 
 @rank_zero_only

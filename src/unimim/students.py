@@ -32,9 +32,11 @@ class MaskTokenStudent(Student):
         std: RGB = IMAGENET_DEFAULT_STD,
     ) -> None:
         super().__init__(backbone, model_args, mean, std)
-        patch_embed: Any = getattr(self.backbone, "patch_embed", None)
-        if not hasattr(patch_embed, "proj") or not hasattr(patch_embed, "grid_size"):
-            raise ValueError(f"{backbone} has no patch embedding to put mask tokens behind: use a ViT or a BEiT")
+        patch_embed: Any = self.backbone.patch_embed
+        proj, grid = patch_embed.proj, patch_embed.grid_size
+        patch = tuple(side // cells for side, cells in zip(self.image_size, grid, strict=True))
+        if not isinstance(proj, nn.Conv2d) or not proj.kernel_size == proj.stride == patch or any(proj.padding):
+            raise ValueError(f"{backbone} mixes patches before it embeds them, masked ones would leak: use a plain ViT or BEiT")
         self.mask_token = nn.Parameter(torch.zeros(patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._mask: Tensor | None = None

@@ -12,7 +12,7 @@ from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
 
 
 class FeatureTarget(TargetGenerator):
-    """What a frozen network says of each patch of the whole image (paper, section 2: "pretrained models").
+    """What a frozen network says of each patch of the whole image.
 
     The teacher sees the student's own crop, resized to its resolution and normalized by its own mean and std. A feature
     map finer than the student's grid by a whole factor is averaged.
@@ -21,7 +21,8 @@ class FeatureTarget(TargetGenerator):
         network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
         weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly; "random" leaves
-            a timm network as it was initialized. A module of yours comes with its weights, unless a path is given.
+            a timm network as torch's seed initialized it (frozen weights are in no checkpoint: a run that goes on needs the
+            same seed). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
         norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
@@ -58,6 +59,10 @@ class FeatureTarget(TargetGenerator):
         self.name = network if isinstance(network, str) else type(network).__name__
         module: Any = network
         if self.is_timm:
+            clip_of_unknown_gelu = "_clip_" in self.name and "_quickgelu_" not in self.name and "." not in self.name
+            if clip_of_unknown_gelu and weights not in (None, "random"):
+                quick = self.name.replace("_clip_", "_clip_quickgelu_")
+                raise ValueError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
             module = create_backbone(self.name, pretrained=weights is None, **(model_args or {}))
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
@@ -68,6 +73,11 @@ class FeatureTarget(TargetGenerator):
                 raise ValueError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
             dim = channels
             mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
+        elif (layer, norm, project, model_args) != (-1, True, False, None) or weights == "random":
+            raise ValueError(
+                f"model.teacher: layer, norm, project, model_args and weights='random' are for timm's networks; "
+                f"{self.name} is your own"
+            )
         if dim is None or mean is None or std is None:
             raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
         if weights not in (None, "random"):

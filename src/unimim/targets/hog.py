@@ -47,7 +47,7 @@ class HOGTarget(TargetGenerator):
         h, w = grid_size
         self.check_patch_size(self.patch_size, images, grid_size)
         planes = F.pad(rearrange(images.float(), "b c H W -> (b c) 1 H W"), (1, 1, 1, 1), mode="reflect")
-        across, down = F.conv2d(planes, self.kernel).unbind(1)  # each [(b c) H W]
+        across, down = F.conv2d(planes, self.kernel.float()).unbind(1)  # each [(b c) H W]
         magnitude = torch.hypot(across, down)
         turn = torch.atan2(across, down).div_(math.pi).mul_(self.bins)
         bin_of = turn.floor_().long() % self.bins

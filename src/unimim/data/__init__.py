@@ -1,0 +1,6 @@
+"""LightningDataModules; pixels leave them in [0, 1]."""
+
+from unimim.data.fashion_mnist import FashionMNISTData
+from unimim.data.folder import ImageFolderData
+
+__all__ = ["FashionMNISTData", "ImageFolderData"]
