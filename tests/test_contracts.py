@@ -291,7 +291,7 @@ def test_frozen_networks_are_found_in_lists_and_dicts() -> None:
     assert all(p.dtype == torch.float64 for network in target.networks() for p in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "nest_tiny_jx", "resnet18"])
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "resnet18"])
 def test_backbones_that_would_leak_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="plain ViT or BEiT"):
         MaskTokenStudent(name, {"img_size": 64} if name.startswith("vit") else {})

@@ -224,6 +224,16 @@ def test_images_of_a_batch_do_not_depend_on_each_other() -> None:
     assert abs(same.mean() - (covered**2).sum()) > 50 * error  # what equal masks would give
 
 
+def test_where_no_block_fits_all_is_random() -> None:
+    """h < H leaves no block on a grid of one row: what completes the count hides each patch alike, and image by image."""
+    masks = draw(BlockMasking(0.5), (1, 60))
+    alone, together = unevenness(masks)
+    assert alone < stats.norm.isf(AGREE / 120)
+    assert together < stats.norm.isf(AGREE / 2)
+    shared = (masks[0::2] & masks[1::2]).sum((1, 2))  # of two images: hypergeometric, 15 on average
+    assert abs(shared.mean() - 15) < 5 * shared.std() / math.sqrt(len(shared))
+
+
 def test_proposals_that_the_search_needs() -> None:
     """MAX_BLOCKS_TRIED does not cut the search short: at the paper's 40 % one image needs 11, the most in 20,000 about 40.
 
@@ -281,6 +291,24 @@ def test_a_ratio_fits_the_grid(kind: type) -> None:
     with pytest.raises(ValueError, match=r"^model\.masking\.ratio 0\.9 hides every patch of a grid of 4$"):
         kind(0.9)(images(2), (2, 2))
     assert kind(0.1)(images(2), (4, 4)).sum() == 2 * 2  # the same ratio on a grid that it fits
+
+
+@pytest.mark.parametrize("min_block", [0, -1])
+def test_a_block_has_a_patch(min_block: int) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.masking\.min_block is {min_block}, but"):
+        BlockMasking(min_block=min_block)
+
+
+def test_a_block_is_no_larger_than_what_is_hidden() -> None:
+    with pytest.raises(ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches$"):
+        BlockMasking(0.25, min_block=17)(images(2), (8, 8))
+    assert BlockMasking(0.25, min_block=16)(images(2), (8, 8)).sum() == 2 * 16
+
+
+@pytest.mark.parametrize("min_aspect", [0, -0.3, 1.1, math.nan])
+def test_an_aspect_is_a_share(min_aspect: float) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.masking\.min_aspect is {min_aspect}, but"):
+        BlockMasking(min_aspect=min_aspect)
 
 
 @pytest.mark.parametrize(("grid_size", "min_block"), [((14, 14), 16), ((7, 7), 4), ((4, 4), 1), ((16, 16), 21), ((2, 3), 1)])

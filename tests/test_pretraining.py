@@ -188,9 +188,8 @@ def test_a_nan_loss_stops_with_one_line(tmp_path: Path) -> None:
         def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
             return F.mse_loss(prediction, target) * torch.nan
 
-    with pytest.raises(
-        FloatingPointError, match=r"became NaN or infinite by step 0 \(lr 1.00e-06\): try a lower model.lr"
-    ) as caught:
+    message = r"became NaN or infinite by step 0 \(lr 1.00e-06\): try a lower model.lr"
+    with pytest.raises(FloatingPointError, match=message) as caught:
         fit(tiny_model(loss=Diverging()), torch.rand(4, 3, 32, 32), tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -223,10 +222,10 @@ def test_a_loss_with_parameters_learns(tmp_path: Path) -> None:
     class Weighted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(1))
+            self.weight = nn.Parameter(torch.tensor(1.0))
 
         def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-            return F.mse_loss(prediction, target) * self.weight.exp() - self.weight.sum()
+            return F.mse_loss(prediction, target) * self.weight.exp() - self.weight
 
     model = tiny_model(loss=Weighted(), warmup_epochs=0)
     fit(model, torch.rand(4, 3, 32, 32), tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 RESERVED = ("pretrained", "checkpoint_path")
 
 
-def create_backbone(name: str, pretrained: bool = False, **model_args: Any) -> Any:
+def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> Any:
     """Makes the timm model `name` with `model_args`: an `nn.Module` with timm's attributes, which no type describes.
 
     Raises:

@@ -41,7 +41,7 @@ def load_backbone(path: str | Path, **model_args: Any) -> Any:
         raise ValueError(f"{path} is no checkpoint of unimim's pretraining: it does not name a backbone")
     described = checkpoint["backbone"]
     given = {"num_classes": 0, "global_pool": "", **described["model_args"], **model_args}
-    backbone = create_backbone(described["name"], **given)
+    backbone = create_backbone(described["name"], given)
     backbone.pretrained_cfg = {
         **backbone.pretrained_cfg,
         "mean": tuple(described["mean"]),

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Iterator
 from importlib import import_module
@@ -41,6 +42,7 @@ def pretrain(args: list[str]) -> LightningCLI:
         getattr(unimim, name)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of the user's
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # the teacher has to be
     try:
         return PretrainCLI(
             MaskedImageModeling,

@@ -136,7 +136,7 @@ class Student(nn.Module, ABC):
         self.model_args = dict(model_args or {})
         if taken := [key for key in ("num_classes", "global_pool") if key in self.model_args]:
             raise ValueError(f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier")
-        self.backbone: Any = create_backbone(backbone, num_classes=0, global_pool="", **self.model_args)
+        self.backbone: Any = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
         if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
             raise ValueError(f"{backbone} has no patch embedding: a student is a plain ViT or BEiT")
         self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}

@@ -144,11 +144,11 @@ class MaskedImageModeling(pl.LightningModule):
                 raise ValueError(f"{type(self.masking).__name__} has to hide as many patches in every image, in a bool mask")
             selected = self.select(mask)
             try:
-                tokens = self.student(blank, mask)
+                prediction = self.head(self.student(blank, mask), mask, selected)
             except RuntimeError as error:
                 given = f"{self.student.name} with model_args {self.student.model_args}"
-                raise ValueError(f"model.student: {given} cannot take its images: {error}") from error
-            promise(self.head, "prediction", self.head(tokens, mask, selected), (int(selected.sum()), self.teacher.dim))
+                raise ValueError(f"student and head do not work on a blank image ({given}): {error}") from error
+            promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
         self.train()
 
     def on_fit_start(self) -> None:

@@ -63,7 +63,7 @@ class FeatureTarget(TargetGenerator):
             if clip_of_unknown_gelu and weights not in (None, "random"):
                 quick = self.name.replace("_clip_", "_clip_quickgelu_")
                 raise ValueError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
-            module = create_backbone(self.name, pretrained=weights is None, **(model_args or {}))
+            module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
                 raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
