@@ -50,7 +50,7 @@ def test_the_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as end:
             main(["pretrain", "fit", "--config", str(ROOT / "conf/pretrain/demo_hog.yaml"), *words.split(), "--print_config"])
         assert not end.value.code, words
-    assert "class_path: unimim.callbacks.KNNCallback" in capsys.readouterr().out
+    assert "class_path: unimim.KNNCallback" in capsys.readouterr().out
 
 
 def test_links_lead_somewhere() -> None:
