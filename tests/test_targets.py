@@ -338,14 +338,26 @@ def test_a_teacher_with_patch_14_meets_a_student_with_patch_16() -> None:
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="positions are resized in place, so that the way 14 -> 7 -> 14 loses detail")
-def test_another_grid_in_between_leaves_no_trace() -> None:
+def test_a_second_grid_is_refused_where_resizing_again_would_lose_detail() -> None:
     target = FeatureTarget("vit_tiny_patch16_224", weights="random", model_args={"depth": 1, "embed_dim": 12, "num_heads": 2})
     nn.init.normal_(target.frozen.network.pos_embed)
     images = torch.rand(1, 3, 224, 224)
-    first = target(images, (14, 14))
-    target(images, (7, 7))
-    torch.testing.assert_close(target(images, (14, 14)), first)
+    target(images, (14, 14))  # the network's own size
+    small = target(images, (7, 7))
+    with pytest.raises(ValueError, match="takes 112x112 pixels here, not 224x224: .* a second FeatureTarget for a second grid"):
+        target(images, (14, 14))
+    assert torch.equal(target(images, (7, 7)), small)
+
+
+@pytest.mark.parametrize("returned", [lambda x: [x], lambda x: x.flatten(2)])
+def test_a_network_that_returns_no_feature_map(returned: object) -> None:
+    class Odd(nn.Module):
+        def forward(self, images: Tensor) -> object:
+            return returned(images)
+
+    target = FeatureTarget(Odd(), dim=3, mean=(0, 0, 0), std=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"Odd has to return a feature map \[b c h w\]"):
+        target(torch.rand(1, 3, 8, 8), (2, 2))
 
 
 # --- features of any network --------------------------------------------------------------------------------------
@@ -581,18 +593,7 @@ def test_an_argument_that_timm_does_not_know() -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        pytest.param(
-            "pretrained",
-            marks=pytest.mark.xfail(
-                strict=True, raises=TypeError, reason="create_backbone's own parameter takes it before the check"
-            ),
-        ),
-        "checkpoint_path",
-    ],
-)
+@pytest.mark.parametrize("argument", ["pretrained", "checkpoint_path"])
 def test_weights_are_no_model_args(argument: str) -> None:
     """They would come in beside the checks."""
     with pytest.raises(ValueError, match=f"model_args of 'vit_tiny_patch16_224' cannot hold {argument}") as error:

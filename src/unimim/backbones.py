@@ -72,6 +72,8 @@ def read_file(path: str | Path) -> Any:
         raise FileNotFoundError(f"there is no file {path} to read weights from")
     with path.open("rb") as file:
         start = file.read(64)
+    if not start:
+        raise ValueError(f"{path} holds no weights, it is empty")
     if path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
     try:
@@ -96,7 +98,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
     return content
 

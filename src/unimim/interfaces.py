@@ -80,11 +80,14 @@ class TargetGenerator(nn.Module, ABC):
             ValueError: the images [b 3 H W] are not `patch_size` pixels times the grid (h, w).
         """
         (height, width), (h, w) = images.shape[-2:], grid_size
-        if (height, width) != (h * patch_size, w * patch_size):
-            raise ValueError(
-                f"{type(self).__name__}(patch_size={patch_size}) and the student's grid do not meet: {height}x{width} "
-                f"pixels on a {h}x{w} grid are patches of {height // h} pixels; set model.teacher.patch_size to that"
-            )
+        if (height, width) == (h * patch_size, w * patch_size):
+            return
+        whole = height % h == 0 and width % w == 0 and height // h == width // w
+        fix = f"are patches of {height // h} pixels; set model.teacher.patch_size to that" if whole else "are no whole patches"
+        raise ValueError(
+            f"{type(self).__name__}(patch_size={patch_size}) and the student's grid do not meet: {height}x{width} pixels on a "
+            f"{h}x{w} grid {fix}"
+        )
 
     def networks(self) -> list[nn.Module]:
         """The frozen networks, also of targets within this one, which `parameters()` does not see."""

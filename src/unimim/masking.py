@@ -9,7 +9,8 @@ from torch import Tensor
 from unimim.interfaces import Grid, Masking
 
 MAX_BLOCKS_TRIED = 100
-"""Rectangles proposed to one image before random patches fill the rest (an image needs more than 60 in < 1e-4 draws)."""
+"""Rectangles proposed to one image before random patches fill the rest. In 200,000 simulated draws of 78 on 14x14 no image
+needed more than 50; at 90 % of 14x14 one in a hundred needs more than 60, none more than 100."""
 
 
 def checked(ratio: float) -> float:
@@ -64,7 +65,8 @@ class BlockMasking(Masking):
 
     Args:
         ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
-        min_block: the smallest area proposed, in patches. BEiT's is 16 on a 14x14 grid; None scales that with the grid.
+        min_block: the smallest area proposed, in patches. BEiT has 16 on a 14x14 grid; None scales that with the grid, or takes
+            the hidden count where that is less.
         min_aspect: aspect ratios lie between this and its inverse (BEiT: 0.3).
 
     Raises:

@@ -125,7 +125,7 @@ class MaskedImageModeling(pl.LightningModule):
         return self
 
     def check_parts(self) -> None:
-        """Tries the six letters on two blank images, so that parts that do not fit fail before the data is read.
+        """Tries all parts but the loss on two blank images, so that parts that do not fit fail before the data is read.
 
         Raises:
             ValueError: grids that do not meet, a shape other than promised, or a student that cannot take its images.

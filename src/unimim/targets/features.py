@@ -85,6 +85,7 @@ class FeatureTarget(TargetGenerator):
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
+        self.resized = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -103,7 +104,10 @@ class FeatureTarget(TargetGenerator):
         size = self.input_size(images, grid_size)
         if tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        features = self.features((images - self.mean) / self.std).float()
+        features = self.features((images - self.mean) / self.std)
+        if not isinstance(features, Tensor) or features.ndim != 4:
+            raise ValueError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
+        features = features.float()
         (h, w), (fine_h, fine_w) = grid_size, features.shape[-2:]
         if features.shape[1] != self.dim or fine_h % h or fine_w % w:
             raise ValueError(
@@ -131,8 +135,12 @@ class FeatureTarget(TargetGenerator):
             return network(images)
         fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
         if fixed not in (None, tuple(images.shape[-2:])):
-            if not hasattr(network, "set_input_size"):
-                raise ValueError(f"{self.name} takes only {fixed[0]}x{fixed[1]} pixels: set model.teacher.resolution")
+            if not hasattr(network, "set_input_size") or self.resized:
+                raise ValueError(
+                    f"{self.name} takes {fixed[0]}x{fixed[1]} pixels here, not {images.shape[-2]}x{images.shape[-1]}: "
+                    f"set model.teacher.resolution, or make a second FeatureTarget for a second grid"
+                )
+            self.resized = True  # positions resized twice would have lost detail
             network.set_input_size(img_size=tuple(images.shape[-2:]))  # resizes the positions once, not in every step
         (features,) = network.forward_intermediates(
             images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True

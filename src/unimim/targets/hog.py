@@ -16,7 +16,8 @@ class HOGTarget(TargetGenerator):
     In each colour channel: gradients by 3x3 Sobel kernels with reflected borders; their magnitude is added to the bin of
     their unsigned orientation, without interpolation; bins are summed over square cells; and the bins of one cell and
     channel are scaled to length 1. MaskFeat feeds pixels normalized by mean and std: gradients do not see the mean, and
-    the length 1 takes the std away.
+    the length 1 takes the std away, but for rounding: a gradient on the edge of two bins may fall into the other. As in
+    MaskFeat's formula, what rounding leaves in a flat cell is scaled to length 1 too.
 
     Args:
         patch_size: side of the student's patch in pixels.
