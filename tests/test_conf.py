@@ -52,7 +52,8 @@ def test_two_steps_at_small_width(
     if isinstance(teacher.get("network"), str):
         words.append(f"--model.teacher.model_args={NARROW}")
     two_steps(path, monkeypatch, tmp_path, *words)
-    built_at_random = "model.teacher (FeatureTarget)" if "network" in teacher else "no network"
+    own = isinstance(teacher.get("network"), dict)
+    built_at_random = f"model.teacher{'.network' if own else ''} (" if "network" in teacher else "no network"
     assert f"WARNING: --random_weights: {built_at_random}" in capsys.readouterr().out
 
 
