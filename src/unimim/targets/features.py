@@ -142,6 +142,7 @@ class FeatureTarget(TargetGenerator):
                 )
             self.resized = True  # positions resized twice would have lost detail
             network.set_input_size(img_size=tuple(images.shape[-2:]))  # resizes the positions once, not in every step
+            network.requires_grad_(False)  # the positions are a new parameter, in older timm one that learns
         (features,) = network.forward_intermediates(
             images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
         )
