@@ -7,7 +7,7 @@ FASHION := data/FashionMNIST/raw/t10k-labels-idx1-ubyte
 # On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
 CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
-.PHONY: help install data demo demo-readme demo-tune test test-fast lint types format notebooks bench clean
+.PHONY: help install data demo demo-readme demo-tune table rows test test-fast lint types format notebooks bench clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,13 @@ demo-readme: install  ## put the demo's table and figure into README and docs
 
 demo-tune: install  ## the grid of learning rates behind the demo's yamls
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py --tune
+
+table: install  ## write Table 1 of the README from the recipes
+	$(BIN)/python docs/table1.py
+
+rows: install  ## two steps of every recipe at full size, one after the other (16 GB, half an hour on 2 cores)
+	@for file in conf/pretrain/*.yaml; do echo "== $$file"; $(CPU_MEMORY) $(BIN)/unimim pretrain fit --config "$$file" \
+	  --config conf/debug.yaml --trainer.enable_progress_bar=false || exit 1; done
 
 test: install  ## all tests
 	$(CPU_MEMORY) $(BIN)/python -m pytest

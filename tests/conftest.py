@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from unimim import BlockMasking, HOGTarget, LinearHead, MaskedImageModeling, MaskTokenStudent
+from unimim import BlockMasking, HOGTarget, LinearHead, MaskedImageModeling, MaskTokenStudent, Student, VisibleStudent
 
 ROOT = Path(__file__).parent.parent
 
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY = {
-    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "vit": ("vit_tiny_patch16_224", PLAIN),
     "vit_without_cls": (
         "vit_tiny_patch16_224",
         {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "class_token": False},
@@ -34,13 +35,32 @@ TINY = {
             "use_shared_rel_pos_bias": True,
         },
     ),
+    "eva": ("eva_giant_patch14_224", PLAIN),
+    "eva_rotary": ("eva02_tiny_patch14_224", PLAIN),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {
+            "img_size": 32,
+            "patch_size": 1,
+            "embed_dim": 12,
+            "depths": (1, 2, 1, 1),
+            "num_heads": (1, 1, 2, 2),
+            "window_size": 4,
+        },
+    ),
+    "visible_vit": ("vit_tiny_patch16_224", PLAIN),
+    "visible_vit_with_registers": ("vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 2}),
+    "visible_eva": ("eva_giant_patch14_224", PLAIN),
+    "visible_eva_rotary": ("eva02_tiny_patch14_224", PLAIN),
 }
+VISIBLE = [kind for kind in TINY if kind.startswith("visible")]
+DENSE = [kind for kind in TINY if kind not in VISIBLE]
 
 
-def tiny_student(kind: str = "vit") -> MaskTokenStudent:
-    """A student of two narrow blocks on a 4x4 grid, every parameter filled with noise (zeros would hide mistakes)."""
+def tiny_student(kind: str = "vit") -> Student:
+    """A narrow student on a 4x4 grid, every parameter filled with noise (zeros would hide mistakes)."""
     name, model_args = TINY[kind]
-    student = MaskTokenStudent(name, model_args)
+    student = (VisibleStudent if kind in VISIBLE else MaskTokenStudent)(name, model_args)
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.2)
     return student

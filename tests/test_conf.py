@@ -14,6 +14,7 @@ from unimim.pretraining import LETTERS
 ROWS = sorted((ROOT / "conf" / "pretrain").glob("*.yaml"))
 DEBUG = ROOT / "conf" / "debug.yaml"
 NARROW = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+NARROW_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
 
 every_row = pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 
@@ -46,14 +47,19 @@ def test_two_steps_at_small_width(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = yaml.safe_load(path.read_text())
-    student = {**config["model"]["student"]["init_args"]["model_args"], **NARROW}
-    words = [f"--model.student.model_args={yaml.safe_dump(student, default_flow_style=True).strip()}"]
-    teacher = config["model"]["teacher"].get("init_args", {})
-    if isinstance(teacher.get("network"), str):
-        words.append(f"--model.teacher.model_args={NARROW}")
+    student = config["model"]["student"]["init_args"]
+    narrow = NARROW_SWIN if student["backbone"].startswith("swin") else NARROW
+    narrow_student = {**student.get("model_args", {}), **narrow}
+    words = [f"--model.student.model_args={yaml.safe_dump(narrow_student, default_flow_style=True).strip()}"]
+    teacher = config["model"]["teacher"]
+    teacher = teacher if isinstance(teacher, dict) else {"class_path": teacher}
+    network = teacher.get("init_args", {}).get("network")
+    if isinstance(network, str):
+        narrow_teacher = {**teacher["init_args"].get("model_args", {}), **NARROW}
+        words.append(f"--model.teacher.model_args={yaml.safe_dump(narrow_teacher, default_flow_style=True).strip()}")
     two_steps(path, monkeypatch, tmp_path, *words)
-    own = isinstance(teacher.get("network"), dict)
-    built_at_random = f"model.teacher{'.network' if own else ''} (" if "network" in teacher else "no network"
+    has_weights = network is not None or teacher["class_path"] in ("unimim.VQKDTarget", "unimim.DVAETarget")
+    built_at_random = f"model.teacher{'.network' if isinstance(network, dict) else ''} (" if has_weights else "no network"
     assert f"WARNING: --random_weights: {built_at_random}" in capsys.readouterr().out
 
 

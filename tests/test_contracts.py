@@ -2,34 +2,59 @@
 
 import copy
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import timm
 import torch
-from conftest import TINY, tiny_model, tiny_student
+from conftest import DENSE, PLAIN, TINY, VISIBLE, tiny_model, tiny_student
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unimim import (
+    AttentiveMasking,
     BlockMasking,
+    CodebookTarget,
+    DecoderHead,
+    DVAETarget,
+    EMAHeadTarget,
+    EMATarget,
     FeatureTarget,
     Frozen,
     HOGTarget,
     LinearHead,
     MaskedImageModeling,
     MaskTokenStudent,
+    MeanColorTarget,
+    NoMasking,
     PixelTarget,
+    PromptingDecoderHead,
+    PrototypeHead,
     RandomMasking,
     TargetGenerator,
+    VisibleStudent,
+    VQKDTarget,
 )
 from unimim.interfaces import Grid
 
 GRID = (4, 4)
-MASKINGS = {"block": lambda: BlockMasking(0.4), "random": lambda: RandomMasking(0.75)}
-HEADS = {"linear": LinearHead}
+MASKINGS = {
+    "block": lambda: BlockMasking(0.4),
+    "random": lambda: RandomMasking(0.75),
+    "units": lambda: RandomMasking(0.5, unit=2),
+    "attentive": lambda: AttentiveMasking(0.75),
+    "none": NoMasking,
+}
+NARROW = {"width": 8, "depth": 1, "num_heads": 2}
+HEADS = {
+    "linear": LinearHead,
+    "prototypes": partial(PrototypeHead, hidden=8, bottleneck=6),
+    "decoder": partial(DecoderHead, **NARROW),
+    "prompting decoder": partial(PromptingDecoderHead, **NARROW),
+}
 
 
 class Teacher(nn.Module):
@@ -55,27 +80,60 @@ TARGETS = {
         "vit_tiny_patch16_224", weights="random", model_args={"depth": 1, "embed_dim": 12, "num_heads": 2, "img_size": 64}
     ),
     "timm cnn": lambda: FeatureTarget("resnet18", weights="random", layer=-1),
+    "mean color": lambda: MeanColorTarget(bits=1),
+    "codebook": lambda: CodebookTarget(own_features(), codes=5),
+    "vq-kd": lambda: VQKDTarget("random", codes=7, code_dim=4, model_args=PLAIN),
+    "dvae": lambda: DVAETarget("random", width=4, codes=9),
+    "ema": lambda: EMATarget(top_blocks=1),
+    "ema of head": lambda: EMAHeadTarget(prototypes=11),
 }
+
+DISCRETE = ("mean color", "codebook", "vq-kd", "dvae")
+
+
+def loss_for(target: str) -> nn.Module:
+    return nn.CrossEntropyLoss() if target in DISCRETE else nn.MSELoss()
+
 
 every_student = pytest.mark.parametrize("kind", TINY)
 every_target = pytest.mark.parametrize("target", TARGETS)
-every_masking = pytest.mark.parametrize("masking", MASKINGS)
+every_masking = pytest.mark.parametrize("masking", ["block", "random", "units"])
+
+
+def sensible(kind: str, head: str, target: str, masking: str) -> bool:
+    """Whether these make sense together: attention comes from a ViT; prompts need hidden patches and a student that drops."""
+    if masking == "attentive" and target != "timm vit":
+        return False
+    return head != "prompting decoder" or (kind in VISIBLE and masking != "none" and target != "ema of head")
+
+
+def selections(kind: str, head: str, masking: str) -> list[str]:
+    """Which patches can count: a student that drops patches needs a decoder to predict hidden ones."""
+    blind = kind in VISIBLE and head in ("linear", "prototypes")
+    hiding = [] if masking == "none" else ["masked"]
+    return ["visible", *(["all"] if masking == "none" or not blind else []), *([] if blind else hiding)]
+
+
+COMBINATIONS = [parts for parts in itertools.product(TINY, HEADS, TARGETS, MASKINGS) if sensible(*parts)]
 
 
 def images(b: int = 3) -> Tensor:
     return torch.rand(b, 3, 32, 32)
 
 
-@pytest.mark.parametrize(("kind", "head", "target", "masking"), list(itertools.product(TINY, HEADS, TARGETS, MASKINGS)))
-@pytest.mark.parametrize("selection", ["masked", "visible", "all"])
-def test_everything_meets_on_the_grid(kind: str, head: str, target: str, masking: str, selection: str) -> None:
+@pytest.mark.parametrize(("kind", "head", "target", "masking"), COMBINATIONS)
+def test_everything_meets_on_the_grid(kind: str, head: str, target: str, masking: str) -> None:
     """Contracts 1 and 2: the head returns the selected patches only, in the order in which the target is indexed."""
+    teacher = TARGETS[target]()
+    discrete = target in DISCRETE
+    possible = selections(kind, head, masking)
     model = tiny_model(
         student=tiny_student(kind),
         head=HEADS[head],
-        teacher=TARGETS[target](),
+        teacher=teacher,
         masking=MASKINGS[masking](),
-        selection=selection,
+        selection=possible[0],
+        loss=loss_for(target),
     ).eval()
     batch = images()
     mask = model.masking(batch, GRID)
@@ -84,17 +142,46 @@ def test_everything_meets_on_the_grid(kind: str, head: str, target: str, masking
     assert mask.dtype == torch.bool
     assert (counts == counts[0]).all()
     targets = model.teacher(batch, GRID)
-    assert targets.shape == (3, *GRID, model.teacher.dim)
-    assert targets.dtype == torch.float32
-    selected = model.select(mask)
-    assert selected.sum() == {"masked": mask.sum(), "visible": (~mask).sum(), "all": mask.numel()}[selection]
+    assert targets.shape == ((3, *GRID) if discrete else (3, *GRID, teacher.dim))
+    assert targets.dtype == (torch.long if discrete else torch.float32)
     tokens = model.student(batch, mask)
-    assert tokens.shape == (3, *GRID, model.student.embed_dim)
-    prediction = model.head(tokens, mask, selected)
-    assert prediction.shape == targets[selected].shape
-    everywhere = model.head(tokens, mask, torch.ones_like(mask)).unflatten(0, mask.shape)
-    torch.testing.assert_close(prediction, everywhere[selected])
-    assert torch.isfinite(model.training_step(batch, 0))
+    visible = int((~mask[0]).sum())
+    grid_of_tokens = (model.student.num_prefix_tokens + visible,) if kind in VISIBLE else GRID
+    assert tokens.shape == (3, *grid_of_tokens, model.student.embed_dim)
+    for selection in possible:
+        model.selection = selection
+        selected = model.select(mask)
+        assert selected.sum() == {"masked": mask.sum(), "visible": (~mask).sum(), "all": mask.numel()}[selection]
+        prediction = model.head(tokens, mask, selected)
+        assert prediction.shape == (selected.sum(), teacher.dim)
+        if "all" in possible:
+            everywhere = model.head(tokens, mask, torch.ones_like(mask)).unflatten(0, mask.shape)
+            torch.testing.assert_close(prediction, everywhere[selected])
+        model.training_step(batch, 0).backward()
+        assert all(p.grad is None for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", VISIBLE)
+@pytest.mark.parametrize("head", ["linear", "prototypes"])
+@pytest.mark.parametrize("selection", ["masked", "all"])
+def test_hidden_patches_need_a_decoder(kind: str, head: str, selection: str) -> None:
+    """Also where as many patches are hidden as visible, so that the counts would fit."""
+    with pytest.raises(ValueError, match="set model.head to DecoderHead, or model.selection to visible"):
+        tiny_model(student=tiny_student(kind), head=HEADS[head], masking=RandomMasking(0.5), selection=selection)
+
+
+@pytest.mark.parametrize("kind", VISIBLE)
+@pytest.mark.parametrize("head", ["linear", "prototypes"])
+def test_visible_patches_are_found_in_the_order_of_the_grid(kind: str, head: str) -> None:
+    """What a head says of a visible patch of a dropping student is what it says of that token by itself."""
+    student = tiny_student(kind).eval()
+    model = tiny_model(student=student, head=HEADS[head], selection="visible").eval()
+    batch = images()
+    mask = RandomMasking(0.75)(batch, GRID)
+    tokens = student(batch, mask)[:, student.num_prefix_tokens :]
+    nothing = torch.zeros(3, 1, 4, dtype=torch.bool)
+    expected = model.head(tokens.unflatten(1, (1, 4)), nothing, ~nothing)
+    torch.testing.assert_close(model.head(student(batch, mask), mask, ~mask), expected)
 
 
 @every_student
@@ -122,10 +209,12 @@ def test_an_empty_mask_is_timm(kind: str) -> None:
     plain.load_state_dict(student.backbone.state_dict(), strict=True)
     batch = images()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    expected = plain.forward_features((batch - mean) / std)[:, student.num_prefix_tokens :]
+    expected = plain.forward_features((batch - mean) / std)
+    assert torch.equal(student.backbone.forward_features((batch - mean) / std), expected)
     tokens = student(batch, torch.zeros(3, *GRID, dtype=torch.bool))
-    assert torch.equal(tokens.flatten(1, 2), expected)
-    assert torch.equal(student.backbone.forward_features((batch - mean) / std)[:, student.num_prefix_tokens :], expected)
+    if kind in DENSE and expected.ndim == 3:
+        tokens, expected = tokens.flatten(1, 2), expected[:, student.num_prefix_tokens :]
+    assert torch.equal(tokens, expected)
     assert not isinstance(plain.norm, nn.Identity)
 
 
@@ -157,7 +246,7 @@ def test_a_masked_patch_becomes_the_token() -> None:
 @every_target
 def test_no_gradient_reaches_the_teacher(target: str) -> None:
     """Contract 6."""
-    model = tiny_model(teacher=TARGETS[target]())
+    model = tiny_model(teacher=TARGETS[target](), loss=loss_for(target))
     model.training_step(images(), 0).backward()
     assert all(p.grad is None and not p.requires_grad for n in model.teacher.networks() for p in n.parameters())
     assert all(p.grad is not None for p in model.student.parameters() if p.requires_grad)
@@ -291,10 +380,37 @@ def test_frozen_networks_are_found_in_lists_and_dicts() -> None:
     assert all(p.dtype == torch.float64 for network in target.networks() for p in network.parameters())
 
 
+@pytest.mark.parametrize("student", [MaskTokenStudent, VisibleStudent])
 @pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "resnet18"])
-def test_backbones_that_would_leak_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="plain ViT or BEiT"):
-        MaskTokenStudent(name, {"img_size": 64} if name.startswith("vit") else {})
+def test_backbones_that_would_leak_are_refused(name: str, student: type) -> None:
+    with pytest.raises(ValueError, match="use a plain ViT or BEiT|is a ViT, BEiT, EVA or Swin"):
+        student(name, {"img_size": 64} if name.startswith("vit") else {})
+
+
+@pytest.mark.parametrize("kind", ["beit_bias_per_block", "beit_shared_bias", "swin"])
+def test_backbones_that_cannot_drop_patches_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="needs the whole grid and cannot drop patches: use MaskTokenStudent") as error:
+        VisibleStudent(*TINY[kind])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", VISIBLE)
+def test_a_dropping_student_is_the_backbone_on_the_visible_tokens(kind: str) -> None:
+    """The same numbers as timm's own blocks give for the kept tokens, which had their positions before."""
+    student = tiny_student(kind).eval()
+    batch = images()
+    mask = RandomMasking(0.5)(batch, GRID)
+    backbone, prefix = student.backbone, student.num_prefix_tokens
+    tokens = backbone._pos_embed(backbone.patch_embed(student.normalize(batch)))
+    (tokens, rotary) = tokens if isinstance(tokens, tuple) else (tokens, None)
+    for i in range(3):
+        kept = [*range(prefix), *(prefix + n for n in range(16) if not mask[i].flatten()[n])]
+        x = tokens[i : i + 1, kept]
+        if hasattr(backbone, "norm_pre"):
+            x = backbone.norm_pre(x)
+        for block in backbone.blocks:
+            x = block(x) if rotary is None else block(x, rope=rotary[[n - prefix for n in kept[prefix:]]])
+        torch.testing.assert_close(student(batch, mask)[i], backbone.norm(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_is_shared_by_deep_copies() -> None:

@@ -13,11 +13,13 @@ SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
     "interfaces": 1,
+    "positions": 1.5,
     "masking": 2,
     "targets": 2,
     "normalizations": 2,
     "students": 2,
     "heads": 2,
+    "losses": 2,
     "optim": 2,
     "checkpoint": 2,
     "data": 2,

@@ -173,14 +173,17 @@ def test_training_learns_and_repeats_by_seed(tmp_path: Path) -> None:
 
 def test_update_comes_once_per_optimizer_step(tmp_path: Path) -> None:
     class Counting(PixelTarget):
-        updates = 0
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.updates: list[float] = []
 
-        def update(self, student: nn.Module, head: nn.Module) -> None:
-            self.updates += 1
+        def update(self, student: nn.Module, head: nn.Module, progress: float) -> None:
+            self.updates.append(progress)
 
-    model = tiny_model(teacher=Counting(8))
+    model = tiny_model(teacher=Counting())
     trainer = fit(model, torch.rand(16, 3, 32, 32), tmp_path, accumulate_grad_batches=2)
-    assert model.teacher.updates == trainer.global_step == 2
+    assert trainer.global_step == 2
+    assert model.teacher.updates == [0, 0.5]
 
 
 def test_a_nan_loss_stops_with_one_line(tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_table_1_is_what_the_recipes_say() -> None:
+    """`make table` writes it."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import table1
+
+    assert table1.readme_with_table(README) == README
+    rows = [line for line in README.splitlines() if line.startswith("| [") and "](conf/pretrain/" in line]
+    recipes = {path.stem for path in (ROOT / "conf" / "pretrain").glob("*.yaml") if not path.stem.startswith("demo")}
+    assert {row.split("]")[0].removeprefix("| [") for row in rows} == recipes
+    assert all(row.count("](") == 7 for row in rows)  # the recipe and its six letters, each a link
+
+
 def test_the_demos_table_is_what_was_measured() -> None:
     """`make demo-readme` writes both."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,7 +12,6 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -319,7 +318,7 @@ def test_clip_is_transformers_clip(clip_weights: Path) -> None:
 
 
 def test_a_teacher_with_patch_14_meets_a_student_with_patch_16() -> None:
-    """CLIP ViT-L/14 beside a ViT-B/16: 14 patches of 14 pixels, positions resized from 16x16 as timm does, once."""
+    """CLIP ViT-L/14 beside a ViT-B/16: 14 patches of 14 pixels, positions resized once, as BEiT v2's CLIP does it."""
     target = FeatureTarget(CLIP_LARGE, weights="random", model_args={"depth": 1})
     network = target.frozen.network
     nn.init.normal_(network.pos_embed)
@@ -332,8 +331,9 @@ def test_a_teacher_with_patch_14_meets_a_student_with_patch_16() -> None:
     assert features.shape == (1, 14, 14, 1024)
     assert features.dtype == torch.float32
     assert target.dim == 1024
-    resized = resample_abs_pos_embed(positions, new_size=[14, 14], old_size=[16, 16], num_prefix_tokens=1)
-    assert torch.equal(network.pos_embed, resized)
+    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
+    resized = F.interpolate(grid, scale_factor=(14.1 / 16, 14.1 / 16), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(network.pos_embed, torch.cat([positions[:, :1], resized], dim=1))
     assert torch.equal(target(images, (14, 14)), features)
     assert not any(parameter.requires_grad for parameter in network.parameters())
 

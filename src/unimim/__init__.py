@@ -14,24 +14,48 @@ if TYPE_CHECKING:
     from unimim.data.folder import ImageFolderData as ImageFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
     from unimim.finetuning import FineTuning as FineTuning
+    from unimim.heads import DecoderHead as DecoderHead
     from unimim.heads import LinearHead as LinearHead
+    from unimim.heads import PromptingDecoderHead as PromptingDecoderHead
+    from unimim.heads import PrototypeHead as PrototypeHead
     from unimim.interfaces import Frozen as Frozen
     from unimim.interfaces import Head as Head
     from unimim.interfaces import Masking as Masking
     from unimim.interfaces import Student as Student
     from unimim.interfaces import TargetGenerator as TargetGenerator
+    from unimim.losses import CosineLoss as CosineLoss
+    from unimim.losses import SoftCrossEntropyLoss as SoftCrossEntropyLoss
+    from unimim.masking import AttentiveMasking as AttentiveMasking
     from unimim.masking import BlockMasking as BlockMasking
+    from unimim.masking import NoMasking as NoMasking
     from unimim.masking import RandomMasking as RandomMasking
+    from unimim.normalizations import CenteredSoftmax as CenteredSoftmax
+    from unimim.normalizations import InstanceNorm as InstanceNorm
     from unimim.normalizations import L2Norm as L2Norm
     from unimim.normalizations import LayerNorm as LayerNorm
     from unimim.pretraining import MaskedImageModeling as MaskedImageModeling
     from unimim.students import MaskTokenStudent as MaskTokenStudent
+    from unimim.students import VisibleStudent as VisibleStudent
+    from unimim.targets.color import MeanColorTarget as MeanColorTarget
+    from unimim.targets.dalle import DVAETarget as DVAETarget
+    from unimim.targets.ema import EMAHeadTarget as EMAHeadTarget
+    from unimim.targets.ema import EMATarget as EMATarget
     from unimim.targets.features import FeatureTarget as FeatureTarget
     from unimim.targets.hog import HOGTarget as HOGTarget
     from unimim.targets.pixels import PixelTarget as PixelTarget
+    from unimim.targets.tokens import CodebookTarget as CodebookTarget
+    from unimim.targets.tokens import VQKDTarget as VQKDTarget
 
 MODULE_OF = {
+    "AttentiveMasking": "masking",
     "BlockMasking": "masking",
+    "CenteredSoftmax": "normalizations",
+    "CodebookTarget": "targets.tokens",
+    "CosineLoss": "losses",
+    "DVAETarget": "targets.dalle",
+    "DecoderHead": "heads",
+    "EMAHeadTarget": "targets.ema",
+    "EMATarget": "targets.ema",
     "EfficientNetLite0": "efficientnet_lite",
     "FashionMNISTData": "data.fashion_mnist",
     "FeatureTarget": "targets.features",
@@ -40,6 +64,7 @@ MODULE_OF = {
     "HOGTarget": "targets.hog",
     "Head": "interfaces",
     "ImageFolderData": "data.folder",
+    "InstanceNorm": "normalizations",
     "KNNCallback": "callbacks",
     "L2Norm": "normalizations",
     "LayerNorm": "normalizations",
@@ -47,10 +72,17 @@ MODULE_OF = {
     "MaskTokenStudent": "students",
     "MaskedImageModeling": "pretraining",
     "Masking": "interfaces",
+    "MeanColorTarget": "targets.color",
+    "NoMasking": "masking",
     "PixelTarget": "targets.pixels",
+    "PromptingDecoderHead": "heads",
+    "PrototypeHead": "heads",
     "RandomMasking": "masking",
+    "SoftCrossEntropyLoss": "losses",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
+    "VQKDTarget": "targets.tokens",
+    "VisibleStudent": "students",
     "load_backbone": "checkpoint",
 }
 

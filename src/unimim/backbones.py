@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
 RESERVED = ("pretrained", "checkpoint_path")
+ENCODER = "student.backbone."
+"""Where a checkpoint of `MaskedImageModeling` has the encoder."""
 
 
 def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> Any:
@@ -20,16 +23,9 @@ def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = Fa
         ValueError: timm has no model of this name or no weights for it (the nearest names are listed), the model does not
             take these arguments, or its weights cannot be had, as on a machine without a network.
     """
-    architecture = name.split(".")[0]
-    if ":" not in name and not timm.is_model(architecture):  # hf-hub:owner/name is another of timm's sources
-        own = " (where a module of your own is taken, give its class_path)" if "." in name else ""
-        raise ValueError(f"timm has no model {name!r}{own}.{nearest(architecture, timm.list_models())}")
-    if ":" not in name and "." in name and not is_model_pretrained(name):
-        known = timm.list_models(f"{architecture}.*", pretrained=True)
-        raise ValueError(f"timm has no weights {name!r}.{nearest(name, known)}")
+    check_name(name)
     if taken := [key for key in RESERVED if key in model_args]:
         raise ValueError(f"model_args of {name!r} cannot hold {', '.join(taken)}; a teacher's `weights` says which")
-    refuse_wrong_gelu(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **model_args)
     except (TypeError, AssertionError) as error:
@@ -41,6 +37,21 @@ def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = Fa
             f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): give weights=PATH with a state "
             f"dict of this model (--model.teacher.weights PATH), or weights='random' (--random_weights) to try the recipe"
         ) from error
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: timm has no model of this name or no weights for it (the nearest are listed), or computes it wrongly.
+    """
+    architecture = name.split(".")[0]
+    if ":" not in name and not timm.is_model(architecture):  # hf-hub:owner/name is another of timm's sources
+        own = " (where a module of your own is taken, give its class_path)" if "." in name else ""
+        raise ValueError(f"timm has no model {name!r}{own}.{nearest(architecture, timm.list_models())}")
+    if ":" not in name and "." in name and not is_model_pretrained(name):
+        known = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise ValueError(f"timm has no weights {name!r}.{nearest(name, known)}")
+    refuse_wrong_gelu(name)
 
 
 def refuse_wrong_gelu(name: str) -> None:
@@ -83,18 +94,36 @@ def read_file(path: str | Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: its pickle holds more than tensors and plain data") from error
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({wanted[1]}, which could run code)" if wanted else ""
+        raise ValueError(
+            f"{path} is refused: its pickle holds more than tensors and plain data{what}; whoever trusts it can save its "
+            f"state_dict() alone"
+        ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
         raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a file of weights; a dict that wraps them in `state_dict`, `model` or `module` is opened.
+    """`state_dict_in` the content of a file.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_file`, or the file holds something else than a state dict.
+        FileNotFoundError, ValueError: as `read_file` and `state_dict_in`.
     """
-    content = read_file(path)
+    return state_dict_in(read_file(path), path)
+
+
+def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The tensors in the content of a file of weights; a dict that wraps them in `state_dict`, `model` or `module` is opened.
+
+    Of a checkpoint of `MaskedImageModeling` it is the encoder's.
+
+    Raises:
+        ValueError: `path` holds something else than a state dict.
+    """
+    if isinstance(content, dict) and "backbone" in content and isinstance(content.get("state_dict"), dict):
+        whole = content["state_dict"]
+        content = {key.removeprefix(ENCODER): value for key, value in whole.items() if key.startswith(ENCODER)}
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -5,10 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unimim.backbones import create_backbone, load_strictly, read_file
+from unimim.backbones import create_backbone, load_strictly, read_file, state_dict_in
 from unimim.interfaces import Student
-
-PREFIX = "student.backbone."
 
 
 def describe_backbone(student: Student) -> dict[str, Any]:
@@ -47,8 +45,7 @@ def load_backbone(path: str | Path, **model_args: Any) -> Any:
         "mean": tuple(described["mean"]),
         "std": tuple(described["std"]),
     }
-    state_dict = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)}
-    load_strictly(backbone, with_new_parts(state_dict, backbone), path)
+    load_strictly(backbone, with_new_parts(state_dict_in(checkpoint, path), backbone), path)
     return backbone
 
 

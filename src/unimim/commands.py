@@ -18,11 +18,10 @@ import pytorch_lightning as pl
 from jsonargparse import ActionYesNo, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 import unimim
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.pretraining import MaskedImageModeling, print_once
+from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
@@ -156,10 +155,12 @@ class Parser(LightningArgumentParser):
         noise = ("Given value", "Expected a <class 'NoneType'>", "Expected a path but", "Subtypes:", "Errors:")
         lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines()]
         reason = [line for line in lines if not line.startswith(noise)][-1]
-        class_path = (re.findall(r"given class_path '([^']+)'", message) or [""])[-1]
+        class_path = (re.findall(r"class_path[ =]'([^']+)'", message) or [""])[-1]
         if found := re.search(r"Option '([^']+)' is not accepted", message):
-            known = list(inspect.signature(import_object(class_path)).parameters)
-            return f"{field}: {class_path} takes no {found[1]!r}.{closest(found[1], known)} Known: {', '.join(known)}"
+            known = [
+                name for name in inspect.signature(import_object(class_path)).parameters if name not in ("student", "target")
+            ]
+            return f"{field}: {class_path} takes no {found[1]!r}.{closest(found[1], known)} Known: {', '.join(known) or 'none'}"
         if found := re.search(r"dot import path string: (\S+)|has no attribute '([^']+)'", message):
             name = found[1] or found[2]
             known = names_for(keys[-1] if keys else "")
@@ -171,6 +172,9 @@ class Parser(LightningArgumentParser):
             return f"there is no option {name}.{closest(name, known)}"
         if found := re.search(r"arguments are required: (\S+)", message):
             return f"{field}.{found[1]} is missing: give --{field}.{found[1]}"
+        kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
+        if len(kinds) > 1 and (found := re.search(r"Given value: (.+)", message)):
+            return f"{field}: expected {' or '.join(kinds)}, got {found[1]}"
         return f"{field}: {reason}" if field and field not in reason else reason
 
 
@@ -178,7 +182,8 @@ def names_for(key: str) -> list[str]:
     """The classes that can stand at a key of the configuration."""
     letter = key.rpartition(".")[-1]
     if letter == "loss":
-        return [f"torch.nn.{name}" for name in dir(nn) if name.endswith("Loss")]
+        losses = sorted({*REGRESSION, *CLASSIFICATION}, key=lambda loss: loss.__name__)
+        return [f"torch.nn.{loss.__name__}" if loss.__module__.startswith("torch") else loss.__name__ for loss in losses]
     classes = {name: value for name in unimim.__all__ if inspect.isclass(value := getattr(unimim, name))}
     if letter == "normalization":
         ours = [name for name, value in classes.items() if value.__module__ == "unimim.normalizations"]

@@ -1,8 +1,18 @@
 """H, the head: from the student's tokens to predictions at the selected patches."""
 
+from abc import abstractmethod
+from functools import partial
+from itertools import pairwise
+
+import torch
+from einops import rearrange, repeat
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimim.interfaces import Head, Student, TargetGenerator
+from unimim.positions import sincos_positions
 
 
 class LinearHead(Head):
@@ -11,15 +21,207 @@ class LinearHead(Head):
     Args:
         student: gives d, the width of the tokens.
         target: gives c, the channels to predict.
+
+    Raises:
+        ValueError: on use, hidden patches are to be predicted from the tokens of the visible ones.
     """
 
     def __init__(self, student: Student, target: TargetGenerator) -> None:
         super().__init__(student, target)
+        self.num_prefix_tokens = student.num_prefix_tokens
         self.linear = nn.Linear(student.embed_dim, target.dim)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        """[b h w d], bool [b h w], bool [b h w] -> [m c]"""
-        prediction: Tensor = self.linear(tokens[selected])
+        """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> [m c]"""
+        prediction: Tensor = self.linear(tokens_at(tokens, mask, selected, self.num_prefix_tokens))
         return prediction
+
+
+class PrototypeHead(Head):
+    """The projection head of DINO and iBOT (Zhou et al., 2022): an MLP of three layers, then cosines with prototypes.
+
+    Args:
+        student: gives d, the width of the tokens.
+        target: gives c, the number of prototypes.
+        hidden, bottleneck: widths of the MLP's layers (iBOT: 2048 and 256).
+
+    Raises:
+        ValueError: as `LinearHead`.
+    """
+
+    def __init__(self, student: Student, target: TargetGenerator, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__(student, target)
+        self.num_prefix_tokens = student.num_prefix_tokens
+        widths = (student.embed_dim, hidden, hidden, bottleneck)
+        layers = [nn.Linear(width, following) for width, following in pairwise(widths)]
+        self.mlp = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        for layer in layers:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(torch.empty(target.dim, bottleneck))
+        nn.init.normal_(self.prototypes)
+
+    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
+        """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> cosines [m c]"""
+        projected = self.mlp(tokens_at(tokens, mask, selected, self.num_prefix_tokens))
+        return F.linear(F.normalize(projected, dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+class Decoder(Head):
+    """What MAE's and MILAN's decoders share: narrow blocks with fixed positions, mask tokens in the places of hidden patches.
+
+    Args:
+        student: gives d, the grid and whether it drops patches; one that does not has mask tokens of its own.
+        target: gives c, the channels to predict.
+        width, depth, num_heads: of the decoder (MAE and MILAN: 512, 8, 16).
+
+    Raises:
+        ValueError: the width is no multiple of 4 (positions) or of `num_heads`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
+    ) -> None:
+        super().__init__(student, target)
+        if width % num_heads:
+            raise ValueError(f"model.head: width {width} is no multiple of num_heads {num_heads}")
+        self.num_prefix_tokens = student.num_prefix_tokens if student.drops_patches else 0
+        self.embed = nn.Linear(student.embed_dim, width)
+        positions = sincos_positions(width, student.grid_size, self.num_prefix_tokens)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.ModuleList(self.block(width, num_heads) for _ in range(depth))
+        self.norm = norm(width)
+        self.predict = nn.Linear(width, target.dim)
+        self.apply(xavier)
+        if student.drops_patches:
+            self.mask_token = nn.Parameter(torch.zeros(width))
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    @abstractmethod
+    def block(self, width: int, num_heads: int) -> nn.Module:
+        """One block."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Through all blocks: [b prefix+n width], bool [b prefix+n] True = hidden -> [b prefix+n width]"""
+
+    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
+        """[b prefix+visible d], or [b h w d], bool [b h w], bool [b h w] -> [m c]"""
+        tokens = self.embed(tokens)
+        if tokens.ndim == 4:
+            tokens = rearrange(tokens, "b h w d -> b (h w) d")
+        else:
+            tokens = with_mask_tokens(tokens, mask, self.mask_token, self.num_prefix_tokens)
+        hidden = F.pad(mask.flatten(1), (self.num_prefix_tokens, 0))
+        tokens = self.decode(tokens + self.positions, hidden)[:, self.num_prefix_tokens :]
+        prediction: Tensor = self.predict(self.norm(tokens[selected.flatten(1)]))
+        return prediction
+
+
+class DecoderHead(Decoder):
+    """MAE's decoder (He et al., 2022): plain ViT blocks over all patches. It also works behind a student with mask tokens."""
+
+    def block(self, width: int, num_heads: int) -> nn.Module:
+        """timm's, as in MAE's official code."""
+        return Block(width, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
+
+    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """[b prefix+n width], bool [b prefix+n] -> [b prefix+n width]"""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+class PromptingDecoderHead(Decoder):
+    """MILAN's prompting decoder (Hou et al., 2022): hidden patches ask, and only they are updated.
+
+    The tokens of the visible patches and CLS stay as the encoder gave them (embedded, with positions) and are keys and
+    values in every block, beside the hidden patches' own.
+
+    Raises:
+        ValueError: the student does not drop patches; and as `Decoder`.
+    """
+
+    def __init__(
+        self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
+    ) -> None:
+        if not student.drops_patches:
+            raise ValueError("model.head: PromptingDecoderHead needs a student that drops patches, VisibleStudent")
+        super().__init__(student, target, width, depth, num_heads)
+
+    def block(self, width: int, num_heads: int) -> nn.Module:
+        """MILAN's."""
+        return PromptingBlock(width, num_heads)
+
+    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """[b prefix+n width], bool [b prefix+n] -> [b prefix+n width]"""
+        fixed = rearrange(tokens[~hidden], "(b n) d -> b n d", b=len(tokens))
+        asking = rearrange(tokens[hidden], "(b n) d -> b n d", b=len(tokens))
+        for block in self.blocks:
+            asking = block(asking, fixed)
+        return tokens.masked_scatter(hidden[..., None], asking.to(tokens.dtype))
+
+
+class PromptingBlock(nn.Module):
+    """One block of MILAN's decoder.
+
+    Args:
+        width: of the tokens.
+        num_heads: of the attention.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = norm(width)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.norm2 = norm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, hidden: Tensor, fixed: Tensor) -> Tensor:
+        """Tokens [b hidden width] and [b prefix+visible width] -> [b hidden width]; the fixed ones are not normalized."""
+        queries = self.norm1(hidden)
+        context = torch.cat([fixed, queries], dim=1)
+        hidden = hidden + self.attention(queries, context, context, need_weights=False)[0]
+        updated: Tensor = hidden + self.mlp(self.norm2(hidden))
+        return updated
+
+
+def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The selected patches' own tokens: [b h w d], or [b prefix+visible d] -> [m d].
+
+    Raises:
+        ValueError: a hidden patch is selected, of which a student that drops patches has no token. (Looked for on a CPU, so
+            at least when the model is built: elsewhere a look waits for the device.)
+    """
+    if tokens.ndim == 4:
+        return tokens[selected]
+    if selected.device.type == "cpu" and (selected & mask).any():
+        raise ValueError(
+            "the student drops the hidden patches, so a head without a decoder cannot predict them: set model.head to "
+            "DecoderHead, or model.selection to visible"
+        )
+    return rearrange(tokens[:, num_prefix_tokens:], "b n d -> (b n) d")[selected[~mask]]
+
+
+def with_mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, num_prefix_tokens: int) -> Tensor:
+    """[b prefix+visible d] -> [b prefix+n d] in the grid's order, the mask token at each hidden patch."""
+    prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+    everywhere = repeat(mask_token.to(tokens.dtype), "d -> b n d", b=len(tokens), n=mask[0].numel())
+    return torch.cat([prefix, everywhere.masked_scatter(~mask.flatten(1)[..., None], visible)], dim=1)
+
+
+def norm(width: int) -> nn.LayerNorm:
+    """The layer norm of MAE's decoder."""
+    return nn.LayerNorm(width, eps=1e-6)
+
+
+def xavier(module: nn.Module) -> None:
+    """MAE's initialization of linear layers, for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

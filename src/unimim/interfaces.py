@@ -11,12 +11,13 @@ channels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimim.backbones import create_backbone
 
@@ -70,8 +71,11 @@ class TargetGenerator(nn.Module, ABC):
     def attach_head(self, head: "Head") -> None:
         """Called once, when the head exists. A teacher whose target passes through a head copies it here."""
 
-    def update(self, student: "Student", head: "Head") -> None:
-        """Called once per optimizer step. An EMA teacher follows the student here."""
+    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
+        """Called once when training starts, with batches of training images. A codebook is fitted to them here."""
+
+    def update(self, student: "Student", head: "Head", progress: float) -> None:
+        """Called once per optimizer step, `progress` being the share of all steps done. An EMA teacher follows here."""
 
     def check_patch_size(self, patch_size: int, images: Tensor, grid_size: Grid) -> None:
         """For targets that are cut from the image itself.
@@ -88,6 +92,12 @@ class TargetGenerator(nn.Module, ABC):
             f"{type(self).__name__}(patch_size={patch_size}) and the student's grid do not meet: {height}x{width} pixels on a "
             f"{h}x{w} grid {fix}"
         )
+
+    def resize(self, images: Tensor, size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> [b 3 H' W'] in [0, 1], bicubic and antialiased; images of that size as they are."""
+        if tuple(images.shape[-2:]) == size:
+            return images
+        return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def networks(self) -> list[nn.Module]:
         """The frozen networks, also of targets within this one, which `parameters()` does not see."""
@@ -124,6 +134,8 @@ class Student(nn.Module, ABC):
             patches.
     """
 
+    drops_patches: bool = False
+    """Whether the tokens are those of the visible patches only, [b prefix+visible d]."""
     mean: Tensor
     std: Tensor
 
@@ -137,11 +149,14 @@ class Student(nn.Module, ABC):
         super().__init__()
         self.name = backbone
         self.model_args = dict(model_args or {})
-        if taken := [key for key in ("num_classes", "global_pool") if key in self.model_args]:
-            raise ValueError(f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier")
+        if taken := [key for key in ("num_classes", "global_pool", "patch_drop_rate") if key in self.model_args]:
+            raise ValueError(
+                f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier, and masking "
+                f"is model.masking's"
+            )
         self.backbone: Any = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
         if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
-            raise ValueError(f"{backbone} has no patch embedding: a student is a plain ViT or BEiT")
+            raise ValueError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
         self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))

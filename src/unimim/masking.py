@@ -1,34 +1,44 @@
 """M, the masking: which patches are hidden."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
-from unimim.interfaces import Grid, Masking
+from unimim.interfaces import Grid, Masking, TargetGenerator
+
+Ratio = float | tuple[float, float]
+"""A share of patches in (0, 1), or the ends of an interval from which one is drawn for each batch."""
 
 MAX_BLOCKS_TRIED = 100
 """Rectangles proposed to one image before random patches fill the rest. In 200,000 simulated draws of 78 on 14x14 no image
 needed more than 50; at 90 % of 14x14 one in a hundred needs more than 60, none more than 100."""
 
 
-def checked(ratio: float) -> float:
+def checked(ratio: Ratio) -> Ratio:
     """
     Raises:
-        ValueError: the ratio is no share between 0 and 1.
+        ValueError: the ratio is no share between 0 and 1, nor two of them in their order.
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1")
+    low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
+    if not 0 < low <= high < 1:
+        pair = ", the lower one first" if isinstance(ratio, (tuple, list)) else ""
+        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1{pair}")
     return ratio
 
 
-def hidden_count(ratio: float, cells: int) -> int:
+def hidden_count(ratio: Ratio, cells: int) -> int:
     """How many of `cells` are hidden: `ratio * cells`, rounded.
 
     Raises:
         ValueError: that is none of them, or all.
     """
+    if isinstance(ratio, (tuple, list)):
+        low, high = ratio
+        ratio = low + (high - low) * torch.rand(()).item()  # a number of the CPU: a GPU's would have to be waited for
     count = round(ratio * cells)
     if not 0 < count < cells:
         raise ValueError(f"model.masking.ratio {ratio} hides {'every' if count else 'no'} patch of a grid of {cells}")
@@ -39,20 +49,32 @@ class RandomMasking(Masking):
     """Each patch alike, as MAE (He et al., 2022; there with a ratio of 0.75).
 
     Args:
-        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
+        ratio: the share of patches to hide, in (0, 1); `round(ratio * cells)` in every image. Two numbers are the ends of an
+            interval, from which one is drawn for each batch.
+        unit: side of a cell in patches: SimMIM hides cells of 32 pixels, 2 patches of 16. A cell is a patch by default.
 
     Raises:
-        ValueError: the ratio is outside (0, 1); on use, it hides no patch of the grid, or every patch.
+        ValueError: the ratio is outside (0, 1), or the unit below 1; on use, the ratio hides no cell of the grid, or every
+            cell, or the grid is no whole number of units.
     """
 
-    def __init__(self, ratio: float = 0.75) -> None:
+    def __init__(self, ratio: Ratio = 0.75, unit: int = 1) -> None:
         super().__init__()
+        if unit < 1:
+            raise ValueError(f"model.masking.unit is {unit}, but a cell has at least 1 patch")
         self.ratio = checked(ratio)
+        self.unit = unit
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
+        if h % self.unit or w % self.unit:
+            raise ValueError(
+                f"model.masking.unit is {self.unit}, but the student's grid of {h}x{w} patches is no multiple of it"
+            )
+        h, w = h // self.unit, w // self.unit
         scores = torch.rand(len(images), h * w, device=images.device)
-        return rearrange(highest(scores, hidden_count(self.ratio, h * w)), "b (h w) -> b h w", h=h)
+        hidden = highest(scores, hidden_count(self.ratio, h * w))
+        return repeat(hidden, "b (h w) -> b (h p) (w q)", h=h, p=self.unit, q=self.unit)
 
 
 class BlockMasking(Masking):
@@ -64,7 +86,8 @@ class BlockMasking(Masking):
     stops short, misses the count in a third of the images.) All images of the batch search at the same time.
 
     Args:
-        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image.
+        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image. Two numbers are the ends of an
+            interval, from which one is drawn for each batch (iBOT: 0.1 to 0.5).
         min_block: the smallest area proposed, in patches. BEiT has 16 on a 14x14 grid; None scales that with the grid, or takes
             the hidden count where that is less.
         min_aspect: aspect ratios lie between this and its inverse (BEiT: 0.3).
@@ -74,7 +97,7 @@ class BlockMasking(Masking):
             no patch of the grid or every patch, or fewer than one smallest block.
     """
 
-    def __init__(self, ratio: float = 0.4, min_block: int | None = None, min_aspect: float = 0.3) -> None:
+    def __init__(self, ratio: Ratio = 0.4, min_block: int | None = None, min_aspect: float = 0.3) -> None:
         super().__init__()
         if min_block is not None and min_block < 1:
             raise ValueError(f"model.masking.min_block is {min_block}, but a block has at least 1 patch")
@@ -118,6 +141,51 @@ class BlockMasking(Masking):
             refusals = torch.where(taken, 0, refusals + 1)
         scores = 2 * mask.flatten(1) + torch.rand(b, h * w, device=device)
         return rearrange(highest(scores, count), "b (h w) -> b h w", h=h)
+
+
+class AttentiveMasking(Masking):
+    """What the teacher attends to is likelier to stay visible: MILAN's semantic-aware sampling (Hou et al., 2022), MaskAlign's.
+
+    The visible patches are sampled one after the other, without replacement, the attention of the teacher's CLS token being
+    their probability.
+
+    Args:
+        ratio: the share of patches to hide, in (0, 1); `round(ratio * h * w)` in every image. Two numbers are the ends of an
+            interval, from which one is drawn for each batch.
+
+    Raises:
+        ValueError: the ratio is outside (0, 1); on `attach`, the teacher has no attention to sample by; on use, the ratio hides
+            no patch of the grid, or every patch.
+    """
+
+    attention: Callable[[Tensor, Grid], Tensor]
+
+    def __init__(self, ratio: Ratio = 0.75) -> None:
+        super().__init__()
+        self.ratio = checked(ratio)
+
+    def attach(self, teacher: TargetGenerator) -> None:
+        """Takes `teacher.attention`, which gives the CLS attention of each patch: images, grid -> [b h w]."""
+        if not hasattr(teacher, "attention"):
+            raise ValueError(f"AttentiveMasking samples by a teacher's attention, and {type(teacher).__name__} has none")
+        attending: Any = teacher
+        self.attention = attending.attention
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        h, w = grid_size
+        count = hidden_count(self.ratio, h * w)
+        attention = rearrange(self.attention(images, grid_size), "b h w -> b (h w)").float()
+        smallest = torch.finfo(attention.dtype).tiny  # a patch of no attention at all can still be drawn, as the last
+        visible = torch.multinomial(attention.clamp(min=smallest), h * w - count)
+        mask = torch.ones_like(attention, dtype=torch.bool).scatter_(1, visible, False)
+        return rearrange(mask, "b (h w) -> b h w", h=h)
+
+
+class NoMasking(Masking):
+    """Nothing is hidden: plain feature distillation, whose loss is on all patches (`selection: all`)."""
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        return torch.zeros(len(images), *grid_size, dtype=torch.bool, device=images.device)
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

@@ -1,7 +1,8 @@
 """N, the normalization of the target; `nn.Identity` is none."""
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 
@@ -34,3 +35,61 @@ class L2Norm(nn.Module):
     def forward(self, target: Tensor) -> Tensor:
         """[b h w c] -> [b h w c]"""
         return F.normalize(target, dim=-1)
+
+
+class InstanceNorm(nn.Module):
+    """Each channel to mean 0 and variance 1 over the patches of one image, without learned scale and shift.
+
+    Args:
+        eps: added to the variance.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, target: Tensor) -> Tensor:
+        """[b h w c] -> [b h w c]"""
+        normalized = F.instance_norm(rearrange(target, "b h w c -> b c h w"), eps=self.eps)
+        return rearrange(normalized, "b c h w -> b h w c")
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class CenteredSoftmax(nn.Module):
+    """Logits to probabilities, with a running mean taken away first, so that no channel wins everywhere (DINO, iBOT).
+
+    Args:
+        channels: c.
+        temperature: the teacher's; lower than the student's, so that its answer is sharper. iBOT warms it up from 0.04 to 0.07.
+        momentum: of the running mean (iBOT: 0.9). It moves in training only, and is one for all processes.
+    """
+
+    center: Tensor
+
+    def __init__(self, channels: int, temperature: float = 0.07, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(channels))
+
+    def forward(self, target: Tensor) -> Tensor:
+        """Logits [b h w c] -> probabilities [b h w c]
+
+        Raises:
+            ValueError: c is not `channels`.
+        """
+        if target.shape[-1] != len(self.center):
+            raise ValueError(f"model.normalization.channels is {len(self.center)}, but the target has {target.shape[-1]}")
+        probabilities = F.softmax((target - self.center) / self.temperature, dim=-1)
+        if self.training:
+            mean = target.mean((0, 1, 2))
+            if distributed.is_initialized():
+                distributed.all_reduce(mean)
+                mean /= distributed.get_world_size()
+            self.center.lerp_(mean.to(self.center.dtype), 1 - self.momentum)
+        return probabilities
+
+    def extra_repr(self) -> str:
+        return f"{len(self.center)}, temperature={self.temperature}, momentum={self.momentum}"

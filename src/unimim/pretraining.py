@@ -1,15 +1,16 @@
 """Pretraining: the paper's equation 1 as a LightningModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from unimim.checkpoint import describe_backbone
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.optim import parameter_groups, schedule
 
 LETTERS = {
@@ -20,6 +21,9 @@ LETTERS = {
     "head": "H",
     "loss": "L",
 }
+# The losses of (prediction, target) that the recipes choose from; others are taken as they are.
+REGRESSION: tuple[type[nn.Module], ...] = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, CosineLoss)
+CLASSIFICATION: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, SoftCrossEntropyLoss)
 
 
 class MaskedImageModeling(pl.LightningModule):
@@ -113,8 +117,9 @@ class MaskedImageModeling(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step of the optimizer, after which a teacher that follows the student takes its own."""
+        progress = self.global_step / self.total_steps
         super().optimizer_step(*args, **kwargs)
-        self.teacher.update(self.student, self.head)
+        self.teacher.update(self.student, self.head, progress)
 
     # Its promises
 
@@ -125,17 +130,25 @@ class MaskedImageModeling(pl.LightningModule):
         return self
 
     def check_parts(self) -> None:
-        """Tries all parts but the loss on two blank images, so that parts that do not fit fail before the data is read.
+        """Tries all parts on two blank images, so that parts that do not fit fail before the data is read.
 
         Raises:
-            ValueError: grids that do not meet, a shape other than promised, or a student that cannot take its images.
+            ValueError: grids that do not meet, a shape other than promised, a student that cannot take its images, no patch
+                that counts in the loss, or a loss that is not for this kind of target.
         """
         self.eval()
         grid_size = self.student.grid_size
         blank = torch.zeros(2, 3, *self.student.image_size)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             mask = self.masking(blank, grid_size)
-            target = self.normalization(self.teacher(blank, grid_size))
+            target = self.teacher(blank, grid_size)
+            try:
+                target = self.normalization(target)
+            except (NotImplementedError, RuntimeError, TypeError) as error:
+                kinds = f"{type(self.normalization).__name__} does not take the {target.dtype} of {type(self.teacher).__name__}"
+                raise ValueError(
+                    f"model.normalization: {kinds} ({error}); for a discrete one it is torch.nn.Identity"
+                ) from error
             counts = mask.flatten(1).sum(1).tolist()
             channels = () if target.dtype == torch.long else (self.teacher.dim,)
             promise(self.masking, "mask", mask, (2, *grid_size))
@@ -143,13 +156,43 @@ class MaskedImageModeling(pl.LightningModule):
             if mask.dtype != torch.bool or counts[0] != counts[1]:
                 raise ValueError(f"{type(self.masking).__name__} has to hide as many patches in every image, in a bool mask")
             selected = self.select(mask)
+            if not selected.any():
+                raise ValueError(
+                    f"{type(self.masking).__name__} leaves no patch for the loss, which is on the {self.selection} ones: set "
+                    f"model.selection to all, or another model.masking"
+                )
             try:
                 prediction = self.head(self.student(blank, mask), mask, selected)
             except RuntimeError as error:
                 given = f"{self.student.name} with model_args {self.student.model_args}"
                 raise ValueError(f"student and head do not work on a blank image ({given}): {error}") from error
             promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
+            self.check_loss(prediction, target[selected])
         self.train()
+
+    def check_loss(self, prediction: Tensor, target: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the loss is not for this kind of target: discrete, probabilities, or plain numbers.
+        """
+        loss, normalization = type(self.loss).__name__, type(self.normalization).__name__
+        if target.dtype == torch.long:
+            if isinstance(self.loss, (*REGRESSION, SoftCrossEntropyLoss)):
+                raise ValueError(
+                    f"{type(self.teacher).__name__} is discrete, and {loss} is not for classes: set model.loss to "
+                    f"torch.nn.CrossEntropyLoss"
+                )
+        elif isinstance(self.loss, CLASSIFICATION) and not is_probability(target):
+            raise ValueError(
+                f"{loss} is for classes or probabilities, which {type(self.teacher).__name__} with {normalization} does not "
+                f"give: set model.loss to a regression such as torch.nn.SmoothL1Loss, or model.normalization to CenteredSoftmax"
+            )
+        try:
+            value = self.loss(prediction, target)
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)} {target.dtype}"
+            raise ValueError(f"model.loss: {loss} does not take prediction and target of {shapes}: {error}") from error
+        promise(self.loss, "loss", value, ())
 
     def on_fit_start(self) -> None:
         """Prints the table of the six letters and the effective batch; gives each process a randomness of its own.
@@ -158,6 +201,7 @@ class MaskedImageModeling(pl.LightningModule):
             ValueError: there is nothing to train on.
         """
         print_once(self.summary())
+        self.total_steps = self.trainer.estimated_stepping_batches
         devices, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
         if self.trainer.num_training_batches == 0:
@@ -170,6 +214,15 @@ class MaskedImageModeling(pl.LightningModule):
         if devices > 1:  # else every process would draw the same masks
             torch.manual_seed(torch.initial_seed() + self.global_rank)
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.teacher.prepare(self.training_images(), self.student.grid_size)
+        if devices > 1:  # what was fitted to the images of the first process holds for all
+            for buffer in self.teacher.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def training_images(self) -> Iterator[Tensor]:
+        """Batches of the training data, on this device; the data is not opened until the first is asked for."""
+        for images in self.trainer.train_dataloader or ():
+            yield images.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """
@@ -225,6 +278,11 @@ class MaskedImageModeling(pl.LightningModule):
             rows.append((letter, name, type(part).__name__, f"{sum(counts):,}" if counts else "-", state))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def is_probability(target: Tensor) -> bool:
+    """Whether every row of [m c] is a distribution."""
+    return bool((target >= 0).all()) and torch.allclose(target.sum(1), target.new_ones(()), atol=1e-4)
 
 
 def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -> None:

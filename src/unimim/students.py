@@ -1,19 +1,22 @@
 """S, the student: an untouched timm backbone and the hook through which it sees the corrupted image."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from unimim.interfaces import RGB, Student
+from unimim.positions import sincos_positions
 
 
 class MaskTokenStudent(Student):
     """Masked patches are replaced by one learned token after the patch embedding, and all tokens go through the backbone.
 
-    BEiT's way (Bao et al., 2022), also SimMIM's, MaskFeat's and MaskDistill's. Works on timm's ViT and BEiT.
+    BEiT's way (Bao et al., 2022), also SimMIM's, MaskFeat's and MaskDistill's. Works on timm's ViT, BEiT, EVA and Swin.
 
     Args:
         backbone: a timm name, such as `vit_base_patch16_224` or `beit_base_patch16_224`.
@@ -33,10 +36,7 @@ class MaskTokenStudent(Student):
     ) -> None:
         super().__init__(backbone, model_args, mean, std)
         patch_embed: Any = self.backbone.patch_embed
-        proj, grid = patch_embed.proj, patch_embed.grid_size
-        patch = tuple(side // cells for side, cells in zip(self.image_size, grid, strict=True))
-        if not isinstance(proj, nn.Conv2d) or not proj.kernel_size == proj.stride == patch or any(proj.padding):
-            raise ValueError(f"{backbone} mixes patches before it embeds them, masked ones would leak: use a plain ViT or BEiT")
+        refuse_mixing(self)
         self.mask_token = nn.Parameter(torch.zeros(patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._mask: Tensor | None = None
@@ -62,3 +62,87 @@ class MaskTokenStudent(Student):
         if tokens.ndim == 3:
             mask = rearrange(mask, "b h w 1 -> b (h w) 1")
         return torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
+
+
+class VisibleStudent(Student):
+    """Masked patches are dropped once positions are added: the backbone sees the visible ones only.
+
+    MAE's way (He et al., 2022), also MILAN's, dBOT's and MaskAlign's. Works on timm's ViT and EVA; BEiT's bias of every
+    pair of patches and Swin's windows need the whole grid.
+
+    Args:
+        backbone: a timm name, such as `vit_base_patch16_224`.
+        model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
+        mean, std: statistics by which the student normalizes pixels (ImageNet's unless the recipe says otherwise).
+        positions: "learned", or "sincos" for MAE's fixed table.
+
+    Raises:
+        ValueError: timm has no such name or argument, the backbone cannot drop patches, or has no positions to fill.
+    """
+
+    drops_patches = True
+
+    def __init__(
+        self,
+        backbone: str,
+        model_args: dict[str, Any] | None = None,
+        mean: RGB = IMAGENET_DEFAULT_MEAN,
+        std: RGB = IMAGENET_DEFAULT_STD,
+        positions: Literal["learned", "sincos"] = "learned",
+    ) -> None:
+        super().__init__(backbone, model_args, mean, std)
+        if not isinstance(self.backbone, (VisionTransformer, Eva)):
+            raise ValueError(f"{backbone} needs the whole grid and cannot drop patches: use MaskTokenStudent, or a ViT or EVA")
+        refuse_mixing(self)
+        if positions == "sincos":
+            table = self.backbone.pos_embed
+            if table is None:
+                raise ValueError(f"positions='sincos': {backbone} has no table of positions to fill")
+            prefix = table.shape[1] - self.grid_size[0] * self.grid_size[1]
+            table.requires_grad_(False).copy_(sincos_positions(self.embed_dim, self.grid_size, prefix))
+        elif positions != "learned":
+            raise ValueError(f"model.student.positions is {positions!r}, known are 'learned' and 'sincos'")
+        self._mask: Tensor | None = None
+        if isinstance(self.backbone, Eva):
+            self.backbone.patch_drop = KeptIndices()  # type: ignore[assignment]
+        self.backbone.patch_drop.register_forward_hook(self._drop)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1], bool [b h w] -> [b prefix+visible d], the visible patches in row-major order"""
+        self._mask = mask
+        try:
+            return self.backbone.forward_features(self.normalize(images))
+        finally:
+            self._mask = None
+
+    def _drop(self, module: nn.Module, inputs: tuple[Tensor], output: Any) -> Any:
+        if self._mask is None:  # someone calls the backbone by itself
+            return output
+        (tokens,) = inputs
+        prefix = self.num_prefix_tokens
+        visible = rearrange(tokens[:, prefix:][~self._mask.flatten(1)], "(b n) d -> b n d", b=len(tokens))
+        kept = torch.cat([tokens[:, :prefix], visible], dim=1)
+        if not isinstance(module, KeptIndices):
+            return kept
+        indices = rearrange(torch.nonzero(~self._mask.flatten(1))[:, 1], "(b n) -> b n", b=len(tokens))
+        return kept, indices
+
+
+class KeptIndices(nn.Module):
+    """Fills the slot for patch dropout of timm's EVA, which wants tokens and the indices of the kept patches (None: all)."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[b prefix+n d] -> the same, None"""
+        return tokens, None
+
+
+def refuse_mixing(student: Student) -> None:
+    """
+    Raises:
+        ValueError: the patch embedding of the student's backbone looks beyond a patch, so that masked pixels would leak.
+    """
+    patch_embed: Any = student.backbone.patch_embed
+    proj = patch_embed.proj
+    patch = tuple(side // cells for side, cells in zip(student.image_size, patch_embed.grid_size, strict=True))
+    if not isinstance(proj, nn.Conv2d) or not proj.kernel_size == proj.stride == patch or any(proj.padding):
+        raise ValueError(f"{student.name} mixes patches before it embeds them, masked ones would leak: use a plain ViT or BEiT")

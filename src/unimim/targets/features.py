@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import create_backbone, load_strictly, read_state_dict
+from unimim.backbones import check_name, create_backbone, load_strictly, read_file, state_dict_in
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
+from unimim.positions import resized_positions
 
 
 class FeatureTarget(TargetGenerator):
@@ -20,9 +22,10 @@ class FeatureTarget(TargetGenerator):
     Args:
         network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
-        weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly; "random" leaves
-            a timm network as torch's seed initialized it (frozen weights are in no checkpoint: a run that goes on needs the
-            same seed). A module of yours comes with its weights, unless a path is given.
+        weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly, or the encoder in a
+            checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
+            leaves a timm network as torch's seed initialized it (frozen weights are in no checkpoint: a run that goes on
+            needs the same seed). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
         norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
@@ -63,6 +66,13 @@ class FeatureTarget(TargetGenerator):
             if clip_of_unknown_gelu and weights not in (None, "random"):
                 quick = self.name.replace("_clip_", "_clip_quickgelu_")
                 raise ValueError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
+            check_name(self.name)
+        content = read_file(weights) if weights not in (None, "random") else None
+        pretrained = content.get("backbone") if isinstance(content, dict) else None  # a checkpoint of our own pretraining
+        if pretrained:
+            model_args = {"num_classes": 0, "global_pool": "", **pretrained["model_args"], **(model_args or {})}
+            mean, std = mean or pretrained["mean"], std or pretrained["std"]
+        if self.is_timm:
             module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
@@ -80,12 +90,13 @@ class FeatureTarget(TargetGenerator):
             )
         if dim is None or mean is None or std is None:
             raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
-        if weights not in (None, "random"):
-            load_strictly(module, read_state_dict(weights), weights)
+        if content is not None:
+            load_strictly(module, state_dict_in(content, str(weights)), str(weights))
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
         self.resized = False
+        self._looked: tuple[Tensor, Grid, Tensor] | None = None
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -98,12 +109,46 @@ class FeatureTarget(TargetGenerator):
             )
         return head.out_features
 
-    @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        looked, self._looked = self._looked, None
+        if looked is not None and looked[0] is images and looked[1] == grid_size:  # `attention` had to look at them already
+            return looked[2]
+        return self.look(images, grid_size)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """The attention of CLS to each patch, in the block of the target, mean of its heads.
+
+        [b 3 H W] in [0, 1] -> float32 [b h w]. The teacher runs once: its features wait for `forward` of the same images.
+
+        Raises:
+            ValueError: the network is no ViT of timm with a CLS token.
+        """
+        network: Any = self.frozen.network
+        if not isinstance(network, VisionTransformer) or network.cls_token is None:
+            raise ValueError(
+                f"model.teacher: {self.name} has no CLS token whose attention could be asked for, use a ViT of timm"
+            )
+        attn: Any = network.blocks[self.layer].attn
+        outputs: list[Tensor] = []
+        hook = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            self._looked = (images, grid_size, self.look(images, grid_size))
+        finally:
+            hook.remove()
+        q, k, _ = rearrange(outputs[0], "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads)
+        scores = attn.q_norm(q[:, :, :1]) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+        of_cls = scores.float().softmax(-1).mean(1)[:, 0, network.num_prefix_tokens :]
+        fine_h, fine_w = network.patch_embed.grid_size
+        (h, w), of_cls = grid_size, rearrange(of_cls, "b (h w) -> b h w", h=fine_h)
+        return reduce(of_cls, "b (h p) (w q) -> b h w", "sum", h=h, w=w, p=fine_h // h, q=fine_w // w)
+
+    @torch.no_grad()
+    def look(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
         size = self.input_size(images, grid_size)
-        if tuple(images.shape[-2:]) != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        images = self.resize(images, size)
         features = self.features((images - self.mean) / self.std)
         if not isinstance(features, Tensor) or features.ndim != 4:
             raise ValueError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
@@ -141,8 +186,11 @@ class FeatureTarget(TargetGenerator):
                     f"set model.teacher.resolution, or make a second FeatureTarget for a second grid"
                 )
             self.resized = True  # positions resized twice would have lost detail
+            table, old = getattr(network, "pos_embed", None), network.patch_embed.grid_size
             network.set_input_size(img_size=tuple(images.shape[-2:]))  # resizes the positions once, not in every step
             network.requires_grad_(False)  # the positions are a new parameter, in older timm one that learns
+            if isinstance(network, VisionTransformer) and network.pos_embed is not None and table is not None:
+                network.pos_embed.copy_(resized_positions(table, old, network.patch_embed.grid_size))
         (features,) = network.forward_intermediates(
             images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
         )

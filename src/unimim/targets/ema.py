@@ -1,0 +1,146 @@
+"""T as the student's own past: a copy that follows the student by an exponential moving average (EMA)."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimim.interfaces import Grid, Head, Student, TargetGenerator
+
+
+class EMATarget(TargetGenerator):
+    """data2vec's target (Baevski et al., 2022): the outputs of the EMA's last blocks, each normalized, averaged.
+
+    The EMA sees the whole image. The normalization of the mean is N.
+
+    Args:
+        top_blocks: how many of the last blocks are averaged (data2vec, ViT-B: 6).
+        momentum: the share of the EMA that stays in one optimizer step (data2vec, ViT-B: 0.9998).
+        final_momentum: where a half cosine over the whole training takes the momentum; None leaves it constant.
+
+    Raises:
+        ValueError: a momentum outside [0, 1]; on `attach`, the student has fewer blocks, or the last ones differ in width or
+            grid (Swin: use `top_blocks=1`).
+    """
+
+    def __init__(self, top_blocks: int = 6, momentum: float = 0.9998, final_momentum: float | None = None) -> None:
+        super().__init__()
+        self.top_blocks = top_blocks
+        self.momentum, self.final_momentum = checked(momentum, final_momentum)
+
+    def attach(self, student: Student) -> None:
+        """Copies the student; its width becomes `dim`."""
+        blocks = student.backbone.feature_info
+        last = blocks[-self.top_blocks :]
+        if not 1 <= self.top_blocks <= len(blocks) or any(
+            (block["num_chs"], block["reduction"]) != (last[-1]["num_chs"], last[-1]["reduction"]) for block in last
+        ):
+            raise ValueError(
+                f"model.teacher.top_blocks is {self.top_blocks}, but {student.name} has {len(blocks)} blocks, or the last ones "
+                f"differ in width or grid: lower it"
+            )
+        self.student = copy.deepcopy(student)
+        self.dim = student.embed_dim
+
+    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
+        """Looks that the weights can follow."""
+        refuse_half_precision(self)
+
+    def update(self, student: Student, head: Head, progress: float) -> None:
+        """One step of the EMA."""
+        follow(self.student, student, momentum_at(progress, self.momentum, self.final_momentum))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        blocks: list[Tensor] = self.student.backbone.forward_intermediates(
+            self.student.normalize(images), indices=self.top_blocks, norm=False, intermediates_only=True
+        )
+        layers = [rearrange(block.float(), "b c h w -> b h w c") for block in blocks]
+        return torch.stack([F.layer_norm(layer, layer.shape[-1:]) for layer in layers]).mean(0)
+
+
+class EMAHeadTarget(TargetGenerator):
+    """iBOT's target (Zhou et al., 2022): what the EMA of student and head predicts for the whole image.
+
+    Its centring and softmax are N: `CenteredSoftmax`.
+
+    Args:
+        prototypes: c, the width of the head.
+        momentum: the share of the EMA that stays in one optimizer step (iBOT: 0.996).
+        final_momentum: where a half cosine over the whole training takes the momentum (iBOT: 1); None leaves it constant.
+
+    Raises:
+        ValueError: a momentum outside [0, 1].
+    """
+
+    def __init__(self, prototypes: int = 8192, momentum: float = 0.996, final_momentum: float | None = 1.0) -> None:
+        super().__init__()
+        self.dim = prototypes
+        self.momentum, self.final_momentum = checked(momentum, final_momentum)
+
+    def attach(self, student: Student) -> None:
+        """Copies the student."""
+        self.student = copy.deepcopy(student)
+
+    def attach_head(self, head: Head) -> None:
+        """Copies the head."""
+        self.head = copy.deepcopy(head)
+
+    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
+        """Looks that the weights can follow."""
+        refuse_half_precision(self)
+
+    def update(self, student: Student, head: Head, progress: float) -> None:
+        """One step of the EMA."""
+        momentum = momentum_at(progress, self.momentum, self.final_momentum)
+        follow(self.student, student, momentum)
+        follow(self.head, head, momentum)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        h, w = grid_size
+        nothing = torch.zeros(len(images), h, w, dtype=torch.bool, device=images.device)
+        logits: Any = self.head(self.student(images, nothing), nothing, ~nothing)
+        return rearrange(logits.float(), "(b h w) c -> b h w c", h=h, w=w)
+
+
+def checked(momentum: float, final_momentum: float | None) -> tuple[float, float]:
+    """Both momenta; None takes the first.
+
+    Raises:
+        ValueError: one is outside [0, 1].
+    """
+    final = momentum if final_momentum is None else final_momentum
+    if not 0 <= momentum <= 1 or not 0 <= final <= 1:
+        raise ValueError(f"model.teacher.momentum is {momentum}, final_momentum {final_momentum}, but both lie within 0 to 1")
+    return momentum, final
+
+
+def refuse_half_precision(average: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the weights have 16 bits, too few for a step of 1 - 0.9998.
+    """
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in average.parameters()):
+        raise ValueError("an EMA of weights in 16 bits cannot move: set trainer.precision to bf16-mixed (or 32-true)")
+
+
+def momentum_at(progress: float, momentum: float, final_momentum: float) -> float:
+    """A half cosine from `momentum` to `final_momentum`, at `progress` in [0, 1]."""
+    return final_momentum + (momentum - final_momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    """Every parameter of `average` becomes `momentum` of itself and the rest of its like in `module`; buffers are copied."""
+    pairs = list(zip(average.parameters(), module.parameters(), strict=True))
+    torch._foreach_lerp_([ours for ours, _ in pairs], [theirs.detach() for _, theirs in pairs], 1 - momentum)
+    for ours, theirs in zip(average.buffers(), module.buffers(), strict=True):
+        ours.copy_(theirs)
