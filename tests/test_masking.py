@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage, stats
 from torch import Tensor
 
-from unimim import BlockMasking, RandomMasking
+from unimim import AttentiveMasking, BlockMasking, RandomMasking
 from unimim.interfaces import Grid
 from unimim.masking import MAX_BLOCKS_TRIED
 
@@ -300,7 +300,9 @@ def test_a_block_has_a_patch(min_block: int) -> None:
 
 
 def test_a_block_is_no_larger_than_what_is_hidden() -> None:
-    with pytest.raises(ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches$"):
+    with pytest.raises(
+        ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches of this grid: lower it, or"
+    ):
         BlockMasking(0.25, min_block=17)(images(2), (8, 8))
     assert BlockMasking(0.25, min_block=16)(images(2), (8, 8)).sum() == 2 * 16
 
@@ -366,3 +368,24 @@ def test_unevenness_is_seen() -> None:
     favoured = draw(RandomMasking(0.4), (14, 14), 20_000)
     favoured[-2000:, 3, 5] = True
     assert unevenness(favoured)[0] > 10
+
+
+@pytest.mark.parametrize("kind", [BlockMasking, RandomMasking])
+def test_a_pair_of_ratios_draws_one_for_each_batch(kind: type) -> None:
+    """iBOT's U(0.1, 0.5): one count in a batch, uniform over batches."""
+    masking = kind((0.1, 0.5))
+    counts = []
+    for _ in range(300):
+        hidden = masking(images(3), (14, 14)).flatten(1).sum(1)
+        assert (hidden == hidden[0]).all()
+        counts.append(int(hidden[0]))
+    assert 20 <= min(counts) < 28
+    assert 90 < max(counts) <= 98
+    assert abs(sum(counts) / 300 - 0.3 * 196) < 5 * 0.4 / 12**0.5 * 196 / 300**0.5  # five standard errors of the mean
+
+
+@pytest.mark.parametrize("ratio", [(0.0, 0.5), (0.5, 0.1), (0.5, 1.0)])
+def test_pairs_that_are_no_shares(ratio: tuple[float, float]) -> None:
+    for kind in (BlockMasking, RandomMasking, AttentiveMasking):
+        with pytest.raises(ValueError, match="lies between 0 and 1, the lower one first$"):
+            kind(ratio)

@@ -127,9 +127,7 @@ class FeatureTarget(TargetGenerator):
         """
         network: Any = self.frozen.network
         if not isinstance(network, VisionTransformer) or network.cls_token is None:
-            raise ValueError(
-                f"model.teacher: {self.name} has no CLS token whose attention could be asked for, use a ViT of timm"
-            )
+            raise ValueError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
         attn: Any = network.blocks[self.layer].attn
         outputs: list[Tensor] = []
         hook = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))

@@ -79,7 +79,7 @@ class CodebookTarget(TargetGenerator):
             images_left -= len(images)
             if images_left <= 0:
                 break
-        vectors = torch.cat(found)
+        vectors = torch.cat(found) if found else self.codebook[:0]
         if len(vectors) < self.dim:
             raise ValueError(
                 f"k-means cannot fit {self.dim} codes to the {len(vectors)} patches of {self.fit_images - images_left} images: "
