@@ -68,7 +68,6 @@ types: install  ## mypy, strict, on src
 	$(BIN)/mypy
 
 notebooks: install  ## execute the notebooks
-	@test -n "$(wildcard notebooks/*.ipynb)" || echo "there are no notebooks yet"
 	@for file in $(wildcard notebooks/*.ipynb); do $(BIN)/jupyter execute "$$file" || exit 1; done
 
 bench: install  ## run the benchmarks

@@ -301,7 +301,7 @@ def test_a_block_has_a_patch(min_block: int) -> None:
 
 def test_a_block_is_no_larger_than_what_is_hidden() -> None:
     with pytest.raises(
-        ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches of this grid: lower it, or"
+        ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches of the grid: lower it, or"
     ):
         BlockMasking(0.25, min_block=17)(images(2), (8, 8))
     assert BlockMasking(0.25, min_block=16)(images(2), (8, 8)).sum() == 2 * 16

@@ -46,7 +46,10 @@ def test_every_command_is_understood(
 
 
 def test_the_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in re.findall(r"`(--trainer[^`]+)`", README):
+    fill = {"NAME": "vit_base_patch16_224.dino", "PATH": "weights.pt", "CHECKPOINT": "epoch=0.ckpt"}
+    found = re.findall(r"`(--(?:trainer|model)[^`]+)`", README)
+    assert len(found) > 10
+    for words in (re.sub("NAME|PATH|CHECKPOINT", lambda match: fill[match[0]], words) for words in found):
         with pytest.raises(SystemExit) as end:
             main(["pretrain", "fit", "--config", str(ROOT / "conf/pretrain/demo_hog.yaml"), *words.split(), "--print_config"])
         assert not end.value.code, words

@@ -114,7 +114,7 @@ class BlockMasking(Masking):
         min_block = self.min_block if self.min_block is not None else min(count, max(1, round(16 * h * w / 196)))
         if min_block > count:
             raise ValueError(
-                f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {count} patches of this grid: lower "
+                f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {count} patches of the grid: lower "
                 f"it, or set it to null, which scales BEiT's 16"
             )
         log_aspect = math.log(self.min_aspect)
