@@ -12,6 +12,7 @@ from PIL import Image
 
 from unimim.cli import main
 
+RECIPE = str(ROOT / "conf" / "pretrain" / "maskdistill_vit_base.yaml")
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -51,7 +52,7 @@ def test_the_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str])
     assert len(found) > 10
     for words in (re.sub("NAME|PATH|CHECKPOINT", lambda match: fill[match[0]], words) for words in found):
         with pytest.raises(SystemExit) as end:
-            main(["pretrain", "fit", "--config", str(ROOT / "conf/pretrain/demo_hog.yaml"), *words.split(), "--print_config"])
+            main(["pretrain", "fit", "--config", RECIPE, *words.split(), "--print_config"])
         assert not end.value.code, words
     assert "class_path: unimim.KNNCallback" in capsys.readouterr().out
 
