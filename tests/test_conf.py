@@ -49,10 +49,12 @@ def test_two_steps_at_small_width(
     config = yaml.safe_load(path.read_text())
     student = config["model"]["student"]["init_args"]
     narrow = NARROW_SWIN if student["backbone"].startswith("swin") else NARROW
-    narrow_student = {**student.get("model_args", {}), **narrow}
-    words = [f"--model.student.model_args={yaml.safe_dump(narrow_student, default_flow_style=True).strip()}"]
     teacher = config["model"]["teacher"]
     teacher = teacher if isinstance(teacher, dict) else {"class_path": teacher}
+    if blocks := teacher.get("init_args", {}).get("top_blocks"):
+        narrow = {**narrow, "depth": blocks}
+    narrow_student = {**student.get("model_args", {}), **narrow}
+    words = [f"--model.student.model_args={yaml.safe_dump(narrow_student, default_flow_style=True).strip()}"]
     network = teacher.get("init_args", {}).get("network")
     if isinstance(network, str):
         narrow_teacher = {**teacher["init_args"].get("model_args", {}), **NARROW}
