@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TORCH = "https://docs.pytorch.org/docs/stable/generated"
 START, END = "<!-- table 1 -->\n", "<!-- /table 1 -->"
 SAID = {
-    "teacher": ["network", "norm", "project", "bits", "top_blocks", "prototypes"],
+    "teacher": ["network", "weights", "norm", "project", "bits", "top_blocks", "prototypes"],
     "normalization": ["unbiased", "temperature"],
     "masking": ["ratio", "unit"],
     "student": ["backbone"],
@@ -42,7 +42,7 @@ def cell(letter: str, part: Any, selection: str) -> str:
     """One part: its class, and what it is given in this recipe."""
     part = {"class_path": part} if isinstance(part, str) else part
     given = part.get("init_args", {})
-    said = [f"{name}={given[name]}" for name in SAID.get(letter, []) if name in given]
+    said = [f"{name}={given[name]}" for name in SAID.get(letter, []) if given.get(name) is not None]
     said = [f"`{argument.removeprefix('network=').removeprefix('backbone=')}`" for argument in said]
     if letter == "loss" and selection != "masked":
         said.append(f"on {selection} patches")

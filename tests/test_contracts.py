@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 from unimim import (
     AttentiveMasking,
     BlockMasking,
+    CenteredSoftmax,
     CodebookTarget,
     DecoderHead,
     DVAETarget,
@@ -34,6 +37,7 @@ from unimim import (
     PromptingDecoderHead,
     PrototypeHead,
     RandomMasking,
+    SoftCrossEntropyLoss,
     TargetGenerator,
     VisibleStudent,
     VQKDTarget,
@@ -417,3 +421,34 @@ def test_frozen_is_shared_by_deep_copies() -> None:
     frozen = Frozen(Teacher())
     assert copy.deepcopy(frozen) is frozen
     assert copy.deepcopy(own_features()).state_dict().keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: tiny_model(head=partial(DecoderHead, num_heads=0)), "model.head: num_heads is 0, but it is at least 1"),
+        (lambda: tiny_model(head=partial(DecoderHead, width=-16)), "model.head: width is -16"),
+        (lambda: tiny_model(head=partial(DecoderHead, depth=0)), "model.head: depth is 0"),
+        (lambda: tiny_model(head=partial(PrototypeHead, bottleneck=-1)), "model.head: bottleneck is -1"),
+        (lambda: HOGTarget(cell_size=0), "HOGTarget: cell_size is 0"),
+        (lambda: PixelTarget(0), "PixelTarget: patch_size is 0"),
+        (lambda: DVAETarget("random", width=2), "DVAETarget: width is 2, but it is a multiple of 4"),
+        (lambda: DVAETarget("random", codes=0), "DVAETarget: codes is 0"),
+        (lambda: VQKDTarget("random", codes=0), "VQKDTarget: codes is 0"),
+        (lambda: EMAHeadTarget(prototypes=0), "model.teacher: prototypes is 0"),
+        (lambda: CodebookTarget(PixelTarget(8), codes=0), "model.teacher: codes is 0"),
+        (lambda: CenteredSoftmax(0), "channels at least 1, temperature above 0, momentum within 0 to 1; got 0"),
+        (lambda: CenteredSoftmax(4, temperature=0), "got 4, 0, 0.9"),
+        (lambda: CenteredSoftmax(4, momentum=5), "got 4, 0.07, 5"),
+        (lambda: tiny_model(teacher=MeanColorTarget(), loss=nn.NLLLoss()), "and NLLLoss is not for its logits: set model.loss"),
+        (
+            lambda: tiny_model(teacher=EMAHeadTarget(8), normalization=CenteredSoftmax(8), loss=nn.SmoothL1Loss()),
+            "CenteredSoftmax gives probabilities, and SmoothL1Loss would compare them with logits: set model.loss to SoftCross",
+        ),
+        (lambda: SoftCrossEntropyLoss(0), "temperature is 0, but it is above 0"),
+    ],
+)
+def test_numbers_that_cannot_be(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        make()
+    assert "\n" not in str(error.value)

@@ -384,8 +384,16 @@ def test_a_pair_of_ratios_draws_one_for_each_batch(kind: type) -> None:
     assert abs(sum(counts) / 300 - 0.3 * 196) < 5 * 0.4 / 12**0.5 * 196 / 300**0.5  # five standard errors of the mean
 
 
-@pytest.mark.parametrize("ratio", [(0.0, 0.5), (0.5, 0.1), (0.5, 1.0)])
+@pytest.mark.parametrize("ratio", [(0.0, 0.5), (0.5, 0.1), (0.5, 1.0), (0.1,), (0.1, 0.2, 0.3)])
 def test_pairs_that_are_no_shares(ratio: tuple[float, float]) -> None:
     for kind in (BlockMasking, RandomMasking, AttentiveMasking):
-        with pytest.raises(ValueError, match="lies between 0 and 1, the lower one first$"):
+        with pytest.raises(ValueError, match="lies between 0 and 1, or is two of them, the lower one first$"):
             kind(ratio)
+
+
+def test_an_interval_is_judged_by_its_ends_and_not_by_a_lucky_draw() -> None:
+    for _ in range(20):
+        with pytest.raises(ValueError, match=r"model\.masking\.ratio \(0\.01, 0\.5\) hides no patch of a grid of 16"):
+            RandomMasking((0.01, 0.5))(images(1), (4, 4))
+        with pytest.raises(ValueError, match=r"min_block is 16, but ratio \(0\.05, 0\.5\) hides only 10 patches"):
+            BlockMasking((0.05, 0.5), min_block=16)(images(1), (14, 14))

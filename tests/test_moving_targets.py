@@ -1,13 +1,15 @@
 """Targets with a history, in real trainings: averages that follow, codebooks that are fitted, stages, attention shared."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import PLAIN, tiny_model, tiny_student
+from conftest import PLAIN, ROOT, tiny_model, tiny_student
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,12 +19,15 @@ from unimim import (
     CenteredSoftmax,
     CodebookTarget,
     DecoderHead,
+    DVAETarget,
     EMAHeadTarget,
     EMATarget,
     FeatureTarget,
     HOGTarget,
     LayerNorm,
+    LinearHead,
     MaskedImageModeling,
+    MeanColorTarget,
     PixelTarget,
     PrototypeHead,
     SoftCrossEntropyLoss,
@@ -69,7 +74,7 @@ def ibot() -> MaskedImageModeling:
 def test_an_average_follows_step_by_step_and_is_in_the_checkpoint(make: type, tmp_path: Path) -> None:
     """Against a copy that is moved by hand after each optimizer step; with the student still, it would be equal to it."""
     model = make()
-    parts = {"student": model.student} if make is data2vec else {"student": model.student, "head": model.head}
+    parts = {"average": model.student} if make is data2vec else {"average": model.student, "average_head": model.head}
     averages = {name: copy.deepcopy(part) for name, part in parts.items()}
     teacher = model.teacher
     update = teacher.update
@@ -87,7 +92,7 @@ def test_an_average_follows_step_by_step_and_is_in_the_checkpoint(make: type, tm
     for name, average in averages.items():
         for key, value in average.named_parameters():
             torch.testing.assert_close(saved[f"teacher.{name}.{key}"], value.data)
-    moved = saved["teacher.student.backbone.blocks.0.mlp.fc1.weight"]
+    moved = saved["teacher.average.backbone.blocks.0.mlp.fc1.weight"]
     assert not torch.equal(moved, saved["student.backbone.blocks.0.mlp.fc1.weight"])
 
 
@@ -145,12 +150,122 @@ def test_a_codebook_from_a_file(tmp_path: Path) -> None:
         tokens(codebook=str(tmp_path / "codes.pt"))
 
 
+def test_a_codebook_that_is_not_fitted_says_so() -> None:
+    with pytest.raises(ValueError, match="CodebookTarget has no codebook yet: call prepare with images, or give"):
+        tokens().teacher(torch.rand(1, 3, 32, 32), GRID)
+
+
+def test_k_means_uses_every_code() -> None:
+    """Also where most vectors are equal: no code twice, and none that nobody uses."""
+    teacher = CodebookTarget(PixelTarget(8), codes=8)
+    images = torch.zeros(8, 3, 32, 32)
+    images[:, :, :8, :8] = torch.rand(8, 3, 8, 8)  # 8 patches that differ among 120 that are black
+    teacher.prepare([images], GRID)
+    assert teacher.codebook.unique(dim=0).shape[0] == 8
+    assert teacher(images, GRID).unique().numel() == 8
+    with pytest.raises(ValueError, match="cannot fit 10 codes to 9 distinct patches of 8 images"):
+        CodebookTarget(PixelTarget(8), codes=10).prepare([images], GRID)
+
+
+def test_normalized_codes_are_directions() -> None:
+    teacher = CodebookTarget(PixelTarget(8), codes=8, normalize=True)
+    images = torch.rand(8, 3, 32, 32)
+    teacher.prepare([images], GRID)
+    torch.testing.assert_close(teacher.codebook.norm(dim=1), torch.ones(8))
+    cosines = nn.functional.normalize(PixelTarget(8)(images, GRID), dim=-1) @ teacher.codebook.T
+    assert torch.equal(teacher(images, GRID), cosines.argmax(-1))
+
+
+def test_a_codebook_is_fitted_to_what_the_step_sees(tmp_path: Path) -> None:
+    """Batches go through the module's hooks, and batches that do not fit are refused before k-means."""
+    seen: list[Tensor] = []
+
+    class Bytes(MaskedImageModeling):
+        def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+            return batch / 255
+
+    class Watching(HOGTarget):
+        def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+            seen.append(images)
+            return super().forward(images, grid_size)
+
+    parts = tiny_model()
+    model = Bytes(
+        teacher=CodebookTarget(Watching(8, 4), codes=6),
+        normalization=nn.Identity(),
+        masking=parts.masking,
+        student=tiny_student(),
+        head=LinearHead,
+        loss=nn.CrossEntropyLoss(),
+    )
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    pl.Trainer(**options, enable_progress_bar=False).fit(model, DataLoader(images, batch_size=4))
+    assert all(batch.is_floating_point() and batch.max() <= 1 for batch in seen)
+    for wrong, said in (
+        (torch.rand(8, 3, 64, 64), "images are 64x64 pixels"),
+        ([(i, 0) for i in torch.rand(8, 3, 32, 32)], "labels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pl.Trainer(**options, enable_progress_bar=False).fit(tokens(), DataLoader(wrong, batch_size=4))
+
+
+def test_dvae_tokens_are_of_32_bits_under_autocast() -> None:
+    teacher = DVAETarget("random", width=16, codes=64)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = teacher.logits(images, (8, 8))
+    assert torch.equal(mixed, teacher.logits(images, (8, 8)))
+
+
+def test_random_networks_are_the_same_in_every_process_and_run() -> None:
+    def network(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return next(FeatureTarget("vit_tiny_patch16_224", weights="random", model_args=PLAIN).networks()[0].parameters())
+
+    assert torch.equal(network(1), network(2))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    network(3)
+    assert torch.equal(torch.rand(1), expected)  # and what comes after does not notice
+
+
+TWO_PROCESSES = """
+import sys, torch, pytorch_lightning as pl
+sys.path[:0] = [sys.argv[1]]
+from conftest import tiny_model
+from torch import nn
+from torch.utils.data import DataLoader
+from unimim import CodebookTarget, FeatureTarget
+features = FeatureTarget(nn.Conv2d(3, 6, 8, 8), dim=6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # drawn without a seed
+model = tiny_model(teacher=CodebookTarget(features, codes=5), loss=nn.CrossEntropyLoss())
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(model, DataLoader(torch.rand(16, 3, 32, 32), batch_size=4))
+(network,) = model.teacher.networks()
+tensors = [network.weight, model.teacher.codebook.data, model.student.mask_token.data]
+torch.save(tensors, f"{sys.argv[2]}/{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_teacher(tmp_path: Path) -> None:
+    """DDP sees neither a frozen network nor what is fitted when training starts."""
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, str(tmp_path / "script.py"), str(ROOT / "tests"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first[1].any()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+
+
 def test_codebooks_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="cannot fit 6 codes to the 0 patches of 0 images"):
+    with pytest.raises(ValueError, match="cannot fit 6 codes to 0 distinct patches of 0 images"):
         tokens().teacher.prepare((), GRID)
-    with pytest.raises(ValueError, match="CodebookTarget is discrete already"):
-        CodebookTarget(CodebookTarget(PixelTarget(8), codes=4), codes=3).vectors(torch.rand(1, 3, 32, 32), GRID)
-    with pytest.raises(ValueError, match="EMATarget has no fixed dim"):
+    with pytest.raises(ValueError, match="MeanColorTarget is discrete already"):
+        CodebookTarget(MeanColorTarget(), codes=3).vectors(torch.rand(1, 3, 32, 32), GRID)
+    with pytest.raises(ValueError, match="EMATarget follows the student"):
         CodebookTarget(EMATarget())
 
 

@@ -821,7 +821,7 @@ def test_a_frozen_network_stays_in_eval_mode() -> None:
     images = torch.rand(4, 3, 32, 32)
     before = target(images, (4, 4))
     nn.Sequential(target).train()
-    assert target.training
+    assert not target.training
     assert not any(module.training for module in network.modules())
     assert torch.equal(target(images, (4, 4)), before)
     assert torch.equal(network.norm.running_mean, statistics)

@@ -1,5 +1,6 @@
 """Networks by their timm name, and their weights from a file: the one door to timm, with errors of one line."""
 
+import argparse
 import difflib
 import pickle
 import re
@@ -92,7 +93,8 @@ def read_file(path: str | Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their options so: plain data
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({wanted[1]}, which could run code)" if wanted else ""
@@ -121,7 +123,7 @@ def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: `path` holds something else than a state dict.
     """
-    if isinstance(content, dict) and "backbone" in content and isinstance(content.get("state_dict"), dict):
+    if description(content) and isinstance(content.get("state_dict"), dict):
         whole = content["state_dict"]
         content = {key.removeprefix(ENCODER): value for key, value in whole.items() if key.startswith(ENCODER)}
     for key in ("state_dict", "model", "module"):
@@ -130,6 +132,12 @@ def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
     return content
+
+
+def description(content: Any) -> dict[str, Any] | None:
+    """What a checkpoint of `MaskedImageModeling` says of its backbone (name, model_args, mean, std); None of other files."""
+    found = content.get("backbone") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) and {"name", "model_args", "mean", "std"} <= set(found) else None
 
 
 def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unimim.backbones import create_backbone, load_strictly, read_file, state_dict_in
+from unimim.backbones import create_backbone, description, load_strictly, read_file, state_dict_in
 from unimim.interfaces import Student
 
 
@@ -35,9 +35,9 @@ def load_backbone(path: str | Path, **model_args: Any) -> Any:
         ValueError: it is no pretraining checkpoint, or its weights do not fit a model of these arguments.
     """
     checkpoint = read_file(path)
-    if not isinstance(checkpoint, dict) or "backbone" not in checkpoint:
+    described = description(checkpoint)
+    if described is None:
         raise ValueError(f"{path} is no checkpoint of unimim's pretraining: it does not name a backbone")
-    described = checkpoint["backbone"]
     given = {"num_classes": 0, "global_pool": "", **described["model_args"], **model_args}
     backbone = create_backbone(described["name"], given)
     backbone.pretrained_cfg = {

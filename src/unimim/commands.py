@@ -25,6 +25,7 @@ from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, 
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
+    "features": TargetGenerator,
     "masking": Masking,
     "student": Student,
     "head": Head,
@@ -105,7 +106,7 @@ class PretrainCLI(LightningCLI):
             "--random_weights",
             action=ActionYesNo,
             default=False,
-            help="build every pretrained network with random weights, to try a recipe offline",
+            help="build every pretrained network that has no file of weights with random ones, to try a recipe offline",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -115,7 +116,11 @@ class PretrainCLI(LightningCLI):
         changed = []
         for path, part in parts(config.model, "model"):
             of_ones_own = isinstance(part.init_args.get("network"), Namespace)  # it has the argument itself, or has none
-            if "weights" in part.init_args and not of_ones_own:
+            if (
+                "weights" in part.init_args
+                and not of_ones_own
+                and part.init_args.weights in (None, "random", default(part, "weights"))
+            ):
                 part.init_args.weights = "random"
                 changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
         print_once(
@@ -190,6 +195,11 @@ def names_for(key: str) -> list[str]:
         return [*ours, "torch.nn.Identity"]
     base = LETTER_TYPES.get(letter, ())
     return [name for name, value in classes.items() if issubclass(value, base) and not inspect.isabstract(value)]
+
+
+def default(part: Namespace, argument: str) -> Any:
+    """What an argument of a class is where it is not given."""
+    return inspect.signature(import_object(part.class_path)).parameters[argument].default
 
 
 def import_object(path: str) -> Any:

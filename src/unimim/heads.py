@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.interfaces import Head, Student, TargetGenerator
+from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
 
 
@@ -53,6 +53,7 @@ class PrototypeHead(Head):
 
     def __init__(self, student: Student, target: TargetGenerator, hidden: int = 2048, bottleneck: int = 256) -> None:
         super().__init__(student, target)
+        check_positive("model.head", hidden=hidden, bottleneck=bottleneck)
         self.num_prefix_tokens = student.num_prefix_tokens
         widths = (student.embed_dim, hidden, hidden, bottleneck)
         layers = [nn.Linear(width, following) for width, following in pairwise(widths)]
@@ -78,7 +79,7 @@ class Decoder(Head):
         width, depth, num_heads: of the decoder (MAE and MILAN: 512, 8, 16).
 
     Raises:
-        ValueError: the width is no multiple of 4 (positions) or of `num_heads`.
+        ValueError: the width is no multiple of 4 (positions) or of `num_heads`, or a number is below 1.
     """
 
     positions: Tensor
@@ -87,6 +88,7 @@ class Decoder(Head):
         self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
     ) -> None:
         super().__init__(student, target)
+        check_positive("model.head", width=width, depth=depth, num_heads=num_heads)
         if width % num_heads:
             raise ValueError(f"model.head: width {width} is no multiple of num_heads {num_heads}")
         self.num_prefix_tokens = student.num_prefix_tokens if student.drops_patches else 0

@@ -52,6 +52,16 @@ def held_by(value: Any) -> Iterator[Frozen]:
         yield from held_by(list(value.values()))
 
 
+def check_positive(owner: str, **numbers: int) -> None:
+    """
+    Raises:
+        ValueError: one of the numbers is below 1; it is named.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{owner}: {name} is {value}, but it is at least 1")
+
+
 class TargetGenerator(nn.Module, ABC):
     """T: what the student has to predict at each patch.
 
@@ -98,6 +108,10 @@ class TargetGenerator(nn.Module, ABC):
         if tuple(images.shape[-2:]) == size:
             return images
         return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def train(self, mode: bool = True) -> "TargetGenerator":
+        """A target is always in eval mode, also one that holds its network as a plain submodule."""
+        return super().train(False)
 
     def networks(self) -> list[nn.Module]:
         """The frozen networks, also of targets within this one, which `parameters()` does not see."""

@@ -28,15 +28,20 @@ class SoftCrossEntropyLoss(nn.Module):
 
     Args:
         temperature: the student's (iBOT: 0.1). torch's CrossEntropyLoss has none.
+
+    Raises:
+        ValueError: the temperature is not above 0.
     """
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"SoftCrossEntropyLoss: temperature is {temperature}, but it is above 0")
         self.temperature = temperature
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [m c], probabilities [m c] -> []"""
-        return F.cross_entropy(prediction / self.temperature, target)
+        return F.cross_entropy(prediction.float() / self.temperature, target)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -18,31 +18,43 @@ MAX_BLOCKS_TRIED = 100
 needed more than 50; at 90 % of 14x14 one in a hundred needs more than 60, none more than 100."""
 
 
-def checked(ratio: Ratio) -> Ratio:
-    """
+def ends(ratio: Ratio) -> tuple[float, float]:
+    """The interval that a ratio stands for; a single number is both its ends.
+
     Raises:
-        ValueError: the ratio is no share between 0 and 1, nor two of them in their order.
+        ValueError: it is no share between 0 and 1, nor two of them in their order.
     """
-    low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
-    if not 0 < low <= high < 1:
-        pair = ", the lower one first" if isinstance(ratio, (tuple, list)) else ""
-        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1{pair}")
-    return ratio
+    pair = tuple(ratio) if isinstance(ratio, (tuple, list)) else (ratio, ratio)
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] < 1:
+        two = ", or is two of them, the lower one first" if isinstance(ratio, (tuple, list)) else ""
+        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1{two}")
+    return pair
 
 
-def hidden_count(ratio: Ratio, cells: int) -> int:
-    """How many of `cells` are hidden: `ratio * cells`, rounded.
+def hidden_counts(ratio: Ratio, cells: int) -> tuple[int, int]:
+    """The least and the most of `cells` that are hidden: the ratio's ends times `cells`, rounded.
 
     Raises:
         ValueError: that is none of them, or all.
     """
-    if isinstance(ratio, (tuple, list)):
-        low, high = ratio
-        ratio = low + (high - low) * torch.rand(()).item()  # a number of the CPU: a GPU's would have to be waited for
-    count = round(ratio * cells)
-    if not 0 < count < cells:
-        raise ValueError(f"model.masking.ratio {ratio} hides {'every' if count else 'no'} patch of a grid of {cells}")
-    return count
+    least, most = (round(end * cells) for end in ends(ratio))
+    if least < 1 or most >= cells:
+        raise ValueError(f"model.masking.ratio {ratio} hides {'no' if least < 1 else 'every'} patch of a grid of {cells}")
+    return least, most
+
+
+def drawn_count(ratio: Ratio, cells: int) -> int:
+    """How many of `cells` are hidden in this batch: of an interval, a share is drawn.
+
+    Raises:
+        ValueError: as `hidden_counts`.
+    """
+    least, most = hidden_counts(ratio, cells)
+    if least == most:
+        return least
+    low, high = ends(ratio)
+    share = low + (high - low) * torch.rand(()).item()  # a number of the CPU: a GPU's would have to be waited for
+    return round(share * cells)
 
 
 class RandomMasking(Masking):
@@ -62,7 +74,8 @@ class RandomMasking(Masking):
         super().__init__()
         if unit < 1:
             raise ValueError(f"model.masking.unit is {unit}, but a cell has at least 1 patch")
-        self.ratio = checked(ratio)
+        ends(ratio)
+        self.ratio = ratio
         self.unit = unit
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -73,7 +86,7 @@ class RandomMasking(Masking):
             )
         h, w = h // self.unit, w // self.unit
         scores = torch.rand(len(images), h * w, device=images.device)
-        hidden = highest(scores, hidden_count(self.ratio, h * w))
+        hidden = highest(scores, drawn_count(self.ratio, h * w))
         return repeat(hidden, "b (h w) -> b (h p) (w q)", h=h, p=self.unit, q=self.unit)
 
 
@@ -103,18 +116,20 @@ class BlockMasking(Masking):
             raise ValueError(f"model.masking.min_block is {min_block}, but a block has at least 1 patch")
         if not 0 < min_aspect <= 1:
             raise ValueError(f"model.masking.min_aspect is {min_aspect}, but it lies between 0 and 1 (BEiT: 0.3)")
-        self.ratio = checked(ratio)
+        ends(ratio)
+        self.ratio = ratio
         self.min_block = min_block
         self.min_aspect = min_aspect
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
         b, device = len(images), images.device
-        count = hidden_count(self.ratio, h * w)
-        min_block = self.min_block if self.min_block is not None else min(count, max(1, round(16 * h * w / 196)))
-        if min_block > count:
+        count = drawn_count(self.ratio, h * w)
+        least, _ = hidden_counts(self.ratio, h * w)
+        min_block = self.min_block if self.min_block is not None else min(least, max(1, round(16 * h * w / 196)))
+        if min_block > least:
             raise ValueError(
-                f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {count} patches of the grid: lower "
+                f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {least} patches of the grid: lower "
                 f"it, or set it to null, which scales BEiT's 16"
             )
         log_aspect = math.log(self.min_aspect)
@@ -165,7 +180,8 @@ class AttentiveMasking(Masking):
 
     def __init__(self, ratio: Ratio = 0.75) -> None:
         super().__init__()
-        self.ratio = checked(ratio)
+        ends(ratio)
+        self.ratio = ratio
 
     def attach(self, teacher: TargetGenerator) -> None:
         """Takes `teacher.attention`, which gives the CLS attention of each patch: images, grid -> [b h w]."""
@@ -176,12 +192,12 @@ class AttentiveMasking(Masking):
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
-        count = hidden_count(self.ratio, h * w)
+        count = drawn_count(self.ratio, h * w)
         attention = rearrange(self.attention(images, grid_size), "b h w -> b (h w)").float()
         smallest = torch.finfo(attention.dtype).tiny  # a patch of no attention at all can still be drawn, as the last
-        visible = torch.multinomial(attention.clamp(min=smallest), h * w - count)
-        mask = torch.ones_like(attention, dtype=torch.bool).scatter_(1, visible, False)
-        return rearrange(mask, "b (h w) -> b h w", h=h)
+        # Exponential clocks of these rates ring in the order of such a sampling; torch.multinomial would wait for the device.
+        clocks = torch.empty_like(attention).exponential_() / attention.clamp(min=smallest)
+        return rearrange(highest(clocks, count), "b (h w) -> b h w", h=h)
 
 
 class NoMasking(Masking):

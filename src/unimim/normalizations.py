@@ -70,6 +70,11 @@ class CenteredSoftmax(nn.Module):
 
     def __init__(self, channels: int, temperature: float = 0.07, momentum: float = 0.9) -> None:
         super().__init__()
+        if channels < 1 or not temperature > 0 or not 0 <= momentum <= 1:
+            raise ValueError(
+                f"CenteredSoftmax: channels at least 1, temperature above 0, momentum within 0 to 1; got {channels}, "
+                f"{temperature}, {momentum}"
+            )
         self.temperature = temperature
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(channels))

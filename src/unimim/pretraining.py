@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from unimim.checkpoint import describe_backbone
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
+from unimim.normalizations import CenteredSoftmax
 from unimim.optim import parameter_groups, schedule
 
 LETTERS = {
@@ -123,12 +124,6 @@ class MaskedImageModeling(pl.LightningModule):
 
     # Its promises
 
-    def train(self, mode: bool = True) -> "MaskedImageModeling":
-        """As in every module, but the teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
     def check_parts(self) -> None:
         """Tries all parts on two blank images, so that parts that do not fit fail before the data is read.
 
@@ -177,15 +172,20 @@ class MaskedImageModeling(pl.LightningModule):
         """
         loss, normalization = type(self.loss).__name__, type(self.normalization).__name__
         if target.dtype == torch.long:
-            if isinstance(self.loss, (*REGRESSION, SoftCrossEntropyLoss)):
+            if isinstance(self.loss, (*REGRESSION, SoftCrossEntropyLoss, nn.NLLLoss)):
                 raise ValueError(
-                    f"{type(self.teacher).__name__} is discrete, and {loss} is not for classes: set model.loss to "
+                    f"{type(self.teacher).__name__} is discrete, and {loss} is not for its logits: set model.loss to "
                     f"torch.nn.CrossEntropyLoss"
                 )
         elif isinstance(self.loss, CLASSIFICATION) and not is_probability(target):
             raise ValueError(
                 f"{loss} is for classes or probabilities, which {type(self.teacher).__name__} with {normalization} does not "
                 f"give: set model.loss to a regression such as torch.nn.SmoothL1Loss, or model.normalization to CenteredSoftmax"
+            )
+        elif isinstance(self.loss, REGRESSION) and isinstance(self.normalization, (CenteredSoftmax, nn.Softmax)):
+            raise ValueError(
+                f"{normalization} gives probabilities, and {loss} would compare them with logits: set model.loss to "
+                f"SoftCrossEntropyLoss"
             )
         try:
             value = self.loss(prediction, target)
@@ -214,17 +214,36 @@ class MaskedImageModeling(pl.LightningModule):
         if devices > 1:  # else every process would draw the same masks
             torch.manual_seed(torch.initial_seed() + self.global_rank)
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.teacher.prepare(self.training_images(), self.student.grid_size)
-        if devices > 1:  # what was fitted to the images of the first process holds for all
-            for buffer in self.teacher.buffers():
-                distributed.broadcast(buffer, src=0)
+        if self.global_rank == 0:
+            with self.trainer.precision_plugin.forward_context():
+                self.teacher.prepare(self.training_images(), self.student.grid_size)
+        if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
+            for module in (self.teacher, *self.teacher.networks()):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    distributed.broadcast(tensor.data, src=0)
 
     def training_images(self) -> Iterator[Tensor]:
-        """Batches of the training data, on this device; the data is not opened until the first is asked for."""
-        for images in self.trainer.train_dataloader or ():
-            yield images.to(self.device)
+        """Batches as `training_step` gets them; the data is not opened until the first is asked for.
+
+        Raises:
+            ValueError: as `check_batch`.
+        """
+        trainer: Any = self.trainer
+        for batch in trainer.train_dataloader:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            self.check_batch(batch)
+            yield batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """
+        Raises:
+            ValueError: as `check_batch`.
+        """
+        self.check_batch(batch)
+
+    def check_batch(self, batch: Any) -> None:
         """
         Raises:
             ValueError: the batch is not images alone, or not of the student's size.

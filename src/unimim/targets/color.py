@@ -28,7 +28,7 @@ class MeanColorTarget(TargetGenerator):
         """[b 3 H W] in [0, 1] -> long [b h w]"""
         (height, width), (h, w) = images.shape[-2:], grid_size
         if height % h or width % w:
-            raise ValueError(f"images of {height}x{width} pixels are no whole patches of a {h}x{w} grid")
+            raise ValueError(f"images of {height}x{width} pixels are no whole patches of a {h}x{w} grid: set data.image_size")
         colors = reduce(images.float(), "b c (h p) (w q) -> b h w c", "mean", h=h, w=w)
         red, green, blue = (colors * self.steps).floor().clamp(0, self.steps - 1).to(torch.long).unbind(-1)
         return (red * self.steps + green) * self.steps + blue

@@ -1,13 +1,13 @@
 """T as the tokens of DALL-E's discrete VAE (Ramesh et al., 2021), which BEiT predicts (Bao et al., 2022)."""
 
-import re
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimim.backbones import load_strictly, read_state_dict
-from unimim.interfaces import Frozen, Grid, TargetGenerator
+from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 STRIDE = 8
 """Pixels of one token."""
@@ -37,12 +37,14 @@ class DVAETarget(TargetGenerator):
                 "DVAETarget needs a file with the state dict of DALL-E's encoder: --model.teacher.weights PATH, or 'random' to "
                 "try the recipe (--random_weights); CodebookTarget fits a tokenizer of your own"
             )
-        encoder = dvae_encoder(width, codes)
+        check_positive("DVAETarget", width=width, codes=codes)
+        if width % 4:
+            raise ValueError(f"DVAETarget: width is {width}, but it is a multiple of 4")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder = dvae_encoder(width, codes)
         if weights != "random":
-            names = {"w": "weight", "b": "bias"}  # its own convolutions have short names
-            published = read_state_dict(weights)
-            renamed = {re.sub(r"\.([wb])$", lambda m: f".{names[m[1]]}", key): value for key, value in published.items()}
-            load_strictly(encoder, renamed, weights)
+            load_strictly(encoder, read_state_dict(weights), weights)
         self.dim = codes
         self.frozen = Frozen(encoder)
 
@@ -50,12 +52,32 @@ class DVAETarget(TargetGenerator):
         """[b 3 H W] in [0, 1] -> long [b h w]"""
         return self.logits(images, grid_size).argmax(1)
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     @torch.no_grad()
     def logits(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> [b codes h w]"""
         h, w = grid_size
         pixels = self.resize(images, (h * STRIDE, w * STRIDE)) * 0.8 + 0.1  # DALL-E's logit-Laplace margin of 0.1
-        return self.frozen.network(pixels)
+        return self.frozen.network(pixels.to(self.frozen.network.blocks.input.w.dtype))
+
+
+class Conv(nn.Module):
+    """A convolution of stride 1 that keeps the size, with the short names of the published file.
+
+    Args:
+        given, width: channels in and out.
+        kernel: its side.
+    """
+
+    def __init__(self, given: int, width: int, kernel: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(width, given, kernel, kernel) / (given * kernel**2) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b given H W] -> [b width H W]"""
+        return F.conv2d(x, self.w, self.b, padding="same")
 
 
 class Bottleneck(nn.Module):
@@ -70,13 +92,13 @@ class Bottleneck(nn.Module):
         super().__init__()
         narrow = width // 4
         self.gain = 1 / blocks**2
-        self.id_path = nn.Conv2d(given, width, 1) if given != width else nn.Identity()
+        self.id_path = Conv(given, width, 1) if given != width else nn.Identity()
         self.res_path = nn.Sequential()
         for i, (before, after, kernel) in enumerate(
             [(given, narrow, 3), (narrow, narrow, 3), (narrow, narrow, 3), (narrow, width, 1)]
         ):
             self.res_path.add_module(f"relu_{i + 1}", nn.ReLU())
-            self.res_path.add_module(f"conv_{i + 1}", nn.Conv2d(before, after, kernel, padding=kernel // 2))
+            self.res_path.add_module(f"conv_{i + 1}", Conv(before, after, kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b given H W] -> [b width H W]"""
@@ -86,7 +108,7 @@ class Bottleneck(nn.Module):
 def dvae_encoder(width: int, codes: int, blocks_per_group: int = 2) -> nn.Module:
     """[b 3 H W] -> logits [b codes H/8 W/8]: four groups of blocks, each twice as wide, three times halved in size."""
     widths = [width, 2 * width, 4 * width, 8 * width]
-    layers: OrderedDict[str, nn.Module] = OrderedDict(input=nn.Conv2d(3, width, 7, padding=3))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv(3, width, 7))
     given = width
     for i, wide in enumerate(widths):
         group: OrderedDict[str, nn.Module] = OrderedDict()
@@ -96,5 +118,5 @@ def dvae_encoder(width: int, codes: int, blocks_per_group: int = 2) -> nn.Module
         if i < len(widths) - 1:
             group["pool"] = nn.MaxPool2d(2)
         layers[f"group_{i + 1}"] = nn.Sequential(group)
-    layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(given, codes, 1)))
+    layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv(given, codes, 1)))
     return nn.Sequential(OrderedDict(blocks=nn.Sequential(layers)))

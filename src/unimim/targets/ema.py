@@ -10,131 +10,121 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.interfaces import Grid, Head, Student, TargetGenerator
+from unimim.interfaces import Grid, Head, Student, TargetGenerator, check_positive
 
 
-class EMATarget(TargetGenerator):
+class FollowingTarget(TargetGenerator):
+    """What both share: a copy of the student that follows it.
+
+    Args:
+        momentum: the share of the copy that stays in one optimizer step.
+        final_momentum: where a half cosine over the whole training takes the momentum; None leaves it constant.
+
+    Raises:
+        ValueError: a momentum outside [0, 1]; when training starts, weights of 16 bits, too few for steps of 1 - 0.9998.
+    """
+
+    def __init__(self, momentum: float, final_momentum: float | None) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.final_momentum = momentum if final_momentum is None else final_momentum
+        if not 0 <= momentum <= 1 or not 0 <= self.final_momentum <= 1:
+            raise ValueError(
+                f"model.teacher.momentum is {momentum}, final_momentum {final_momentum}, but both lie within 0 to 1"
+            )
+
+    def attach(self, student: Student) -> None:
+        """Copies the student."""
+        self.average = copy.deepcopy(student)
+
+    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
+        """Looks that the weights can follow."""
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()):
+            raise ValueError("an EMA of weights in 16 bits cannot move: set trainer.precision to bf16-mixed (or 32-true)")
+
+    def update(self, student: Student, head: Head, progress: float) -> None:
+        """One step of the EMA."""
+        follow(self.average, student, self.momentum_at(progress))
+
+    def momentum_at(self, progress: float) -> float:
+        """The half cosine, at `progress` in [0, 1]."""
+        return self.final_momentum + (self.momentum - self.final_momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class EMATarget(FollowingTarget):
     """data2vec's target (Baevski et al., 2022): the outputs of the EMA's last blocks, each normalized, averaged.
 
     The EMA sees the whole image. The normalization of the mean is N.
 
     Args:
         top_blocks: how many of the last blocks are averaged (data2vec, ViT-B: 6).
-        momentum: the share of the EMA that stays in one optimizer step (data2vec, ViT-B: 0.9998).
-        final_momentum: where a half cosine over the whole training takes the momentum; None leaves it constant.
+        momentum, final_momentum: as `FollowingTarget` (data2vec, ViT-B: 0.9998, constant).
 
     Raises:
-        ValueError: a momentum outside [0, 1]; on `attach`, the student has fewer blocks, or the last ones differ in width or
-            grid (Swin: use `top_blocks=1`).
+        ValueError: as `FollowingTarget`; on `attach`, the student has fewer blocks, or the last ones differ in width or grid
+            (Swin: use `top_blocks=1`).
     """
 
     def __init__(self, top_blocks: int = 6, momentum: float = 0.9998, final_momentum: float | None = None) -> None:
-        super().__init__()
+        super().__init__(momentum, final_momentum)
         self.top_blocks = top_blocks
-        self.momentum, self.final_momentum = checked(momentum, final_momentum)
 
     def attach(self, student: Student) -> None:
         """Copies the student; its width becomes `dim`."""
         blocks = student.backbone.feature_info
-        last = blocks[-self.top_blocks :]
-        if not 1 <= self.top_blocks <= len(blocks) or any(
-            (block["num_chs"], block["reduction"]) != (last[-1]["num_chs"], last[-1]["reduction"]) for block in last
-        ):
+        alike = [b for b in blocks if (b["num_chs"], b["reduction"]) == (blocks[-1]["num_chs"], blocks[-1]["reduction"])]
+        if not 1 <= self.top_blocks <= len(alike):
             raise ValueError(
-                f"model.teacher.top_blocks is {self.top_blocks}, but {student.name} has {len(blocks)} blocks, or the last ones "
-                f"differ in width or grid: lower it"
+                f"model.teacher.top_blocks is {self.top_blocks}, but {student.name} has only {len(alike)} last blocks of one "
+                f"width and grid"
             )
-        self.student = copy.deepcopy(student)
+        super().attach(student)
         self.dim = student.embed_dim
-
-    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
-        """Looks that the weights can follow."""
-        refuse_half_precision(self)
-
-    def update(self, student: Student, head: Head, progress: float) -> None:
-        """One step of the EMA."""
-        follow(self.student, student, momentum_at(progress, self.momentum, self.final_momentum))
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
-        blocks: list[Tensor] = self.student.backbone.forward_intermediates(
-            self.student.normalize(images), indices=self.top_blocks, norm=False, intermediates_only=True
+        blocks: list[Tensor] = self.average.backbone.forward_intermediates(
+            self.average.normalize(images), indices=self.top_blocks, norm=False, intermediates_only=True
         )
         layers = [rearrange(block.float(), "b c h w -> b h w c") for block in blocks]
         return torch.stack([F.layer_norm(layer, layer.shape[-1:]) for layer in layers]).mean(0)
 
 
-class EMAHeadTarget(TargetGenerator):
+class EMAHeadTarget(FollowingTarget):
     """iBOT's target (Zhou et al., 2022): what the EMA of student and head predicts for the whole image.
 
     Its centring and softmax are N: `CenteredSoftmax`.
 
     Args:
         prototypes: c, the width of the head.
-        momentum: the share of the EMA that stays in one optimizer step (iBOT: 0.996).
-        final_momentum: where a half cosine over the whole training takes the momentum (iBOT: 1); None leaves it constant.
+        momentum, final_momentum: as `FollowingTarget` (iBOT: from 0.996 to 1).
 
     Raises:
-        ValueError: a momentum outside [0, 1].
+        ValueError: as `FollowingTarget`, or no prototypes.
     """
 
     def __init__(self, prototypes: int = 8192, momentum: float = 0.996, final_momentum: float | None = 1.0) -> None:
-        super().__init__()
+        super().__init__(momentum, final_momentum)
+        check_positive("model.teacher", prototypes=prototypes)
         self.dim = prototypes
-        self.momentum, self.final_momentum = checked(momentum, final_momentum)
-
-    def attach(self, student: Student) -> None:
-        """Copies the student."""
-        self.student = copy.deepcopy(student)
 
     def attach_head(self, head: Head) -> None:
         """Copies the head."""
-        self.head = copy.deepcopy(head)
-
-    def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
-        """Looks that the weights can follow."""
-        refuse_half_precision(self)
+        self.average_head = copy.deepcopy(head)
 
     def update(self, student: Student, head: Head, progress: float) -> None:
         """One step of the EMA."""
-        momentum = momentum_at(progress, self.momentum, self.final_momentum)
-        follow(self.student, student, momentum)
-        follow(self.head, head, momentum)
+        super().update(student, head, progress)
+        follow(self.average_head, head, self.momentum_at(progress))
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
         h, w = grid_size
         nothing = torch.zeros(len(images), h, w, dtype=torch.bool, device=images.device)
-        logits: Any = self.head(self.student(images, nothing), nothing, ~nothing)
+        logits: Any = self.average_head(self.average(images, nothing), nothing, ~nothing)
         return rearrange(logits.float(), "(b h w) c -> b h w c", h=h, w=w)
-
-
-def checked(momentum: float, final_momentum: float | None) -> tuple[float, float]:
-    """Both momenta; None takes the first.
-
-    Raises:
-        ValueError: one is outside [0, 1].
-    """
-    final = momentum if final_momentum is None else final_momentum
-    if not 0 <= momentum <= 1 or not 0 <= final <= 1:
-        raise ValueError(f"model.teacher.momentum is {momentum}, final_momentum {final_momentum}, but both lie within 0 to 1")
-    return momentum, final
-
-
-def refuse_half_precision(average: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: the weights have 16 bits, too few for a step of 1 - 0.9998.
-    """
-    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in average.parameters()):
-        raise ValueError("an EMA of weights in 16 bits cannot move: set trainer.precision to bf16-mixed (or 32-true)")
-
-
-def momentum_at(progress: float, momentum: float, final_momentum: float) -> float:
-    """A half cosine from `momentum` to `final_momentum`, at `progress` in [0, 1]."""
-    return final_momentum + (momentum - final_momentum) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

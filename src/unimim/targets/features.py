@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import check_name, create_backbone, load_strictly, read_file, state_dict_in
+from unimim.backbones import check_name, create_backbone, description, load_strictly, read_file, state_dict_in
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
 from unimim.positions import resized_positions
 
@@ -24,8 +24,8 @@ class FeatureTarget(TargetGenerator):
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
         weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly, or the encoder in a
             checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
-            leaves a timm network as torch's seed initialized it (frozen weights are in no checkpoint: a run that goes on
-            needs the same seed). A module of yours comes with its weights, unless a path is given.
+            draws a timm network's with a seed of its own, the same in every process and in a run that goes on (frozen
+            weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
         norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
@@ -68,12 +68,14 @@ class FeatureTarget(TargetGenerator):
                 raise ValueError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
             check_name(self.name)
         content = read_file(weights) if weights not in (None, "random") else None
-        pretrained = content.get("backbone") if isinstance(content, dict) else None  # a checkpoint of our own pretraining
+        pretrained = description(content)  # of a checkpoint of our own pretraining
         if pretrained:
             model_args = {"num_classes": 0, "global_pool": "", **pretrained["model_args"], **(model_args or {})}
             mean, std = mean or pretrained["mean"], std or pretrained["std"]
         if self.is_timm:
-            module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
                 raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
@@ -96,7 +98,8 @@ class FeatureTarget(TargetGenerator):
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
         self.resized = False
-        self._looked: tuple[Tensor, Grid, Tensor] | None = None
+        self._looked: tuple[Tensor, int, Grid, Tensor] | None = None
+        self._recorded: list[Tensor] | None = None
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -112,8 +115,8 @@ class FeatureTarget(TargetGenerator):
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
         looked, self._looked = self._looked, None
-        if looked is not None and looked[0] is images and looked[1] == grid_size:  # `attention` had to look at them already
-            return looked[2]
+        if looked is not None and looked[0] is images and looked[1:3] == (images._version, grid_size):
+            return looked[3]  # `attention` had to look at these images already
         return self.look(images, grid_size)
 
     @torch.no_grad()
@@ -129,18 +132,24 @@ class FeatureTarget(TargetGenerator):
         if not isinstance(network, VisionTransformer) or network.cls_token is None:
             raise ValueError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
         attn: Any = network.blocks[self.layer].attn
-        outputs: list[Tensor] = []
-        hook = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        if not attn.qkv._forward_hooks:  # once: a hook that comes and goes breaks a compiled graph
+            attn.qkv.register_forward_hook(self._record)
+        self._recorded = []
         try:
-            self._looked = (images, grid_size, self.look(images, grid_size))
+            self._looked = (images, images._version, grid_size, self.look(images, grid_size))
+            (qkv,) = self._recorded
         finally:
-            hook.remove()
-        q, k, _ = rearrange(outputs[0], "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads)
+            self._recorded = None
+        q, k, _ = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads)
         scores = attn.q_norm(q[:, :, :1]) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
         of_cls = scores.float().softmax(-1).mean(1)[:, 0, network.num_prefix_tokens :]
         fine_h, fine_w = network.patch_embed.grid_size
         (h, w), of_cls = grid_size, rearrange(of_cls, "b (h w) -> b h w", h=fine_h)
         return reduce(of_cls, "b (h p) (w q) -> b h w", "sum", h=h, w=w, p=fine_h // h, q=fine_w // w)
+
+    def _record(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if self._recorded is not None:
+            self._recorded.append(output)
 
     @torch.no_grad()
     def look(self, images: Tensor, grid_size: Grid) -> Tensor:

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimim.interfaces import Grid, TargetGenerator
+from unimim.interfaces import Grid, TargetGenerator, check_positive
 
 
 class HOGTarget(TargetGenerator):
@@ -32,6 +32,7 @@ class HOGTarget(TargetGenerator):
 
     def __init__(self, patch_size: int = 16, cell_size: int = 8, bins: int = 9) -> None:
         super().__init__()
+        check_positive("HOGTarget", patch_size=patch_size, cell_size=cell_size, bins=bins)
         if patch_size % cell_size:
             raise ValueError(f"HOGTarget: patch_size {patch_size} is no multiple of cell_size {cell_size}")
         self.patch_size = patch_size

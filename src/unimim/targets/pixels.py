@@ -5,7 +5,7 @@ from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from unimim.interfaces import RGB, Grid, TargetGenerator
+from unimim.interfaces import RGB, Grid, TargetGenerator, check_positive
 
 
 class PixelTarget(TargetGenerator):
@@ -26,6 +26,7 @@ class PixelTarget(TargetGenerator):
 
     def __init__(self, patch_size: int = 16, mean: RGB = IMAGENET_DEFAULT_MEAN, std: RGB = IMAGENET_DEFAULT_STD) -> None:
         super().__init__()
+        check_positive("PixelTarget", patch_size=patch_size)
         self.patch_size = patch_size
         self.dim = 3 * patch_size**2
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

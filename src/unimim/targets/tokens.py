@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import create_backbone, load_strictly, read_file, read_state_dict
-from unimim.interfaces import Frozen, Grid, TargetGenerator
+from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 ROWS_AT_ONCE = 8192
 """Vectors that are compared with all codes at a time, to bound the memory: 8192 x 8192 distances are 268 MB."""
@@ -22,19 +22,19 @@ class CodebookTarget(TargetGenerator):
     Args:
         features: the target whose vectors are replaced by a code, such as a `FeatureTarget`.
         codes: size of the vocabulary (BEiT: 8192).
-        codebook: a file of `torch.save` with a tensor [codes c]; None fits one by k-means to the first training images, when
-            training starts. It is then part of the checkpoint.
-        normalize: scale the vectors to length 1 first (VQ-KD does): the codes then are directions.
-        fit_images: how many images of each process k-means sees.
+        codebook: a file of `torch.save` with a tensor [codes c], taken as it is; None fits one by k-means to the first
+            training images of the first process, when training starts. It is part of the checkpoint.
+        normalize: scale vectors and k-means' centres to length 1 (VQ-KD does): the codes then are directions.
+        fit_images: how many images k-means sees.
         iterations: of k-means (BEiT v2's initialization: 10).
 
     Raises:
-        ValueError: the features are discrete themselves or know their `dim` only later (an EMA); a file that holds no such
-            tensor; when fitting, fewer vectors than codes.
+        ValueError: the features are discrete themselves or follow the student (an EMA); a file that holds no such tensor;
+            when fitting, fewer distinct vectors than codes; on use, there is no codebook yet.
         FileNotFoundError: there is no file `codebook`.
     """
 
-    codebook: Tensor
+    codebook: nn.Parameter
     fitted: Tensor
 
     def __init__(
@@ -47,24 +47,30 @@ class CodebookTarget(TargetGenerator):
         iterations: int = 10,
     ) -> None:
         super().__init__()
-        if min(codes, fit_images, iterations) < 1:
+        check_positive("model.teacher", codes=codes, fit_images=fit_images, iterations=iterations)
+        hooks = ("attach", "attach_head", "update")
+        if any(getattr(type(features), hook) is not getattr(TargetGenerator, hook) for hook in hooks):
             raise ValueError(
-                f"model.teacher: codes {codes}, fit_images {fit_images} and iterations {iterations} have to be above 0"
+                f"model.teacher.features: {type(features).__name__} follows the student, a codebook needs what stays"
             )
-        channels = getattr(features, "dim", None)
-        if channels is None:
-            raise ValueError(f"model.teacher.features: {type(features).__name__} has no fixed dim, a codebook needs one")
         self.features = features
         self.dim = codes
         self.normalize, self.fit_images, self.iterations = normalize, fit_images, iterations
-        self.register_buffer("codebook", torch.zeros(codes, channels))
+        # A parameter that does not learn, because DDP would send a buffer in every step.
+        self.codebook = nn.Parameter(torch.zeros(codes, features.dim), requires_grad=False)
         self.register_buffer("fitted", torch.tensor(codebook is not None))
+        self.is_fitted = codebook is not None  # as `fitted`, without a look at the device
         if codebook is not None:
             content = read_file(codebook)
-            if not isinstance(content, Tensor) or content.shape != self.codebook.shape:
+            shape = tuple(self.codebook.shape)
+            if not isinstance(content, Tensor) or content.shape != shape:
                 found = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
-                raise ValueError(f"{codebook} holds {found}, but a codebook here is a tensor {tuple(self.codebook.shape)}")
-            self.codebook.copy_(content)
+                raise ValueError(f"{codebook} holds {found}, but a codebook here is a tensor {shape}")
+            if not content.is_floating_point() or not content.isfinite().all():
+                raise ValueError(
+                    f"{codebook} holds a tensor of {content.dtype} that is no codebook: all numbers finite, of floating point"
+                )
+            self.codebook.data.copy_(content)
 
     def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
         """Fits the codebook to the first `fit_images` images, unless there is one."""
@@ -80,15 +86,19 @@ class CodebookTarget(TargetGenerator):
             if images_left <= 0:
                 break
         vectors = torch.cat(found) if found else self.codebook[:0]
-        if len(vectors) < self.dim:
+        some = vectors[torch.randperm(len(vectors))[: max(4 * self.dim, ROWS_AT_ONCE)].to(vectors.device)]
+        distinct = torch.unique(some, dim=0)
+        if len(distinct) < self.dim:
             raise ValueError(
-                f"k-means cannot fit {self.dim} codes to the {len(vectors)} patches of {self.fit_images - images_left} images: "
-                f"lower model.teacher.codes, or raise model.teacher.fit_images"
+                f"k-means cannot fit {self.dim} codes to {len(distinct)} distinct patches of "
+                f"{self.fit_images - images_left} images: lower model.teacher.codes, or raise model.teacher.fit_images"
             )
-        rank_zero_info(f"k-means: {self.dim} codes for {len(vectors)} vectors of {vectors.shape[1]} channels")
-        start = vectors[torch.randperm(len(vectors))[: self.dim].to(vectors.device)]
-        self.codebook.copy_(kmeans(vectors, start, self.iterations))
+        start = distinct[torch.randperm(len(distinct))[: self.dim].to(vectors.device)]
+        self.codebook.data.copy_(kmeans(vectors, start, self.iterations, self.normalize))
+        used = nearest_code(vectors, self.codebook).unique().numel()
+        rank_zero_info(f"k-means: {self.dim} codes for {len(vectors)} vectors of {vectors.shape[1]} channels, {used} in use")
         self.fitted.fill_(True)
+        self.is_fitted = True
 
     @torch.no_grad()
     def vectors(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -97,13 +107,20 @@ class CodebookTarget(TargetGenerator):
         Raises:
             ValueError: the features are discrete.
         """
-        features = self.features(images, grid_size)
+        try:
+            features = self.features(images, grid_size)
+        except ValueError as error:  # the fields it names are one level deeper here
+            raise ValueError(str(error).replace("model.teacher.", "model.teacher.features.")) from error
         if features.dtype == torch.long:
             raise ValueError(f"model.teacher.features: {type(self.features).__name__} is discrete already")
         return F.normalize(features, dim=-1) if self.normalize else features
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> long [b h w]"""
+        if not self.is_fitted:
+            self.is_fitted = bool(self.fitted)  # a checkpoint may have brought it
+            if not self.is_fitted and images.any():  # blank images try how parts fit, before there is data
+                raise ValueError("CodebookTarget has no codebook yet: call prepare with images, or give model.teacher.codebook")
         return nearest_code(self.vectors(images, grid_size), self.codebook)
 
 
@@ -130,7 +147,10 @@ class VQKDTarget(TargetGenerator):
                 "VQKDTarget needs the published file of BEiT v2's tokenizer: --model.teacher.weights PATH, or 'random' to try "
                 "the recipe (--random_weights); CodebookTarget fits a tokenizer of your own"
             )
-        tokenizer = VQKD(codes, code_dim, model_args or {})
+        check_positive("VQKDTarget", codes=codes, code_dim=code_dim)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tokenizer = VQKD(codes, code_dim, model_args or {})
         if weights != "random":
             aside = ("decoder.", "decode_task_layer.", "quantize.", "teacher", "scaling", "loss")
             published = read_state_dict(weights)
@@ -147,7 +167,10 @@ class VQKDTarget(TargetGenerator):
         tokenizer = self.frozen.network
         if grid_size != tokenizer.grid_size:
             (h, w), (own_h, own_w) = grid_size, tokenizer.grid_size
-            raise ValueError(f"VQKDTarget gives {own_h}x{own_w} tokens, but the student's grid is {h}x{w}")
+            raise ValueError(
+                f"VQKDTarget gives {own_h}x{own_w} tokens, but the student's grid is {h}x{w}: set data.image_size and img_size "
+                f"in model.student.model_args to {own_h} times the student's patch"
+            )
         vectors = tokenizer(self.resize(images, tokenizer.image_size))
         return nearest_code(vectors, tokenizer.codebook)
 
@@ -199,18 +222,33 @@ class VQKD(nn.Module):
 
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the code at the least Euclidean distance: [... c], [codes c] -> long [...]"""
-    rows, codes = vectors.flatten(0, -2).float(), codebook.float()
+    return nearest(vectors.flatten(0, -2), codebook)[0].view(vectors.shape[:-1])
+
+
+def nearest(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the nearest code, and the squared distance to it: [n c], [codes c] -> [n], [n]"""
+    rows, codes = rows.float(), codebook.float()
     lengths = codes.square().sum(1) / 2
     with torch.autocast(rows.device.type, enabled=False):
-        found = [(some @ codes.T - lengths).argmax(1) for some in rows.split(ROWS_AT_ONCE)]
-    return torch.cat(found).view(vectors.shape[:-1])
+        best = [(some @ codes.T - lengths).max(1) for some in rows.split(ROWS_AT_ONCE)]
+    scores = torch.cat([scores for scores, _ in best])
+    return torch.cat([indices for _, indices in best]), rows.square().sum(1) - 2 * scores
 
 
-def kmeans(vectors: Tensor, centers: Tensor, iterations: int) -> Tensor:
-    """Lloyd's algorithm from the given centers: [n c], [codes c] -> [codes c]. A center that loses all its vectors stays."""
+def kmeans(vectors: Tensor, centers: Tensor, iterations: int, normalize: bool = False) -> Tensor:
+    """Lloyd's algorithm from the given centers: [n c], [codes c] -> [codes c].
+
+    A center that loses all its vectors moves to one of those that are farthest from theirs. With `normalize` the centers
+    have length 1 (spherical k-means).
+    """
+    vectors = vectors.float()
     for _ in range(iterations):
-        nearest = nearest_code(vectors, centers)
-        counts = torch.bincount(nearest, minlength=len(centers))[:, None]
-        sums = torch.zeros_like(centers).index_add_(0, nearest, vectors)
-        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+        indices, distances = nearest(vectors, centers)
+        counts = torch.bincount(indices, minlength=len(centers))[:, None]
+        sums = torch.zeros_like(centers, dtype=vectors.dtype).index_add_(0, indices, vectors)
+        centers = sums / counts.clamp(min=1)
+        empty = torch.nonzero(counts[:, 0] == 0)[:, 0]
+        centers[empty] = vectors[distances.topk(len(empty)).indices]
+        if normalize:
+            centers = F.normalize(centers, dim=-1)
     return centers
