@@ -76,6 +76,12 @@ def own_features() -> FeatureTarget:
     return FeatureTarget(Teacher(), dim=6, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 
+def codebook() -> CodebookTarget:
+    target = CodebookTarget(own_features(), codes=5)
+    target.prepare([images(2)], GRID)
+    return target
+
+
 TARGETS = {
     "pixels": lambda: PixelTarget(patch_size=8),
     "hog": lambda: HOGTarget(patch_size=8, cell_size=4),
@@ -85,7 +91,7 @@ TARGETS = {
     ),
     "timm cnn": lambda: FeatureTarget("resnet18", weights="random", layer=-1),
     "mean color": lambda: MeanColorTarget(bits=1),
-    "codebook": lambda: CodebookTarget(own_features(), codes=5),
+    "codebook": codebook,
     "vq-kd": lambda: VQKDTarget("random", codes=7, code_dim=4, model_args=PLAIN),
     "dvae": lambda: DVAETarget("random", width=4, codes=9),
     "ema": lambda: EMATarget(top_blocks=1),
