@@ -94,6 +94,10 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
         ),
         (["--model.loss", "torch.nn.MSLoss"], "Did you mean 'torch.nn.MSELoss'?"),
         (["--model.teacher.netwrk", "x"], "model.teacher: unimim.FeatureTarget takes no 'netwrk'. Did you mean 'network'?"),
+        (
+            ["--model.student.embed_dim", "24"],
+            "takes no 'embed_dim'; timm's arguments are given as --model.student.model_args.embed_dim",
+        ),
         (["--model.lrr", "1"], "there is no option --model.lrr. Did you mean '--model.lr'?"),
         (["--model.masking.ratio", "half"], "model.masking.ratio: expected float or tuple, got half"),
         (["--model.head.widht", "3"], "model.head: unimim.LinearHead takes no 'widht'. Known: none"),
@@ -157,6 +161,7 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str], words: list[str],
         (["--data.batch_size", "9"], "has 4 images, which is less than one batch of 9: set data.batch_size to 4 or less"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path: nowhere.ckpt does not exist"),
         (["--ckpt_path", "0.jpg"], "ckpt_path: 0.jpg is truncated, or no checkpoint"),
+        (["--ckpt_path", "last"], "ckpt_path: last names no file: give its path, such as outputs/pretrain/version_0/"),
         (["--model.lr", "0"], "model.lr must be above 0"),
         (["--trainer.max_epochs=-1"], "an endless training has no cosine"),
         (["--model.student.model_args.num_heads", "7"], "beit_base_patch16_224"),
@@ -280,6 +285,29 @@ def test_a_run_goes_on_from_its_checkpoint(photos: Path, monkeypatch: pytest.Mon
     assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
     steps = [{float(state["step"]) for state in optimizer.state.values()} for optimizer in optimizers]
     assert steps == [{4.0}, {4.0}]
+
+
+def test_what_is_given_counts_when_a_run_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own command line would put the checkpoint's hyperparameters over it without a word."""
+    monkeypatch.chdir(photos)
+    from unimim.commands import pretrain
+
+    pretrain([*SMALL, "--data.root=."])
+    (checkpoint,) = photos.rglob("*.ckpt")
+    again = pretrain(
+        [*SMALL, "--data.root=.", f"--ckpt_path={checkpoint}", "--model.masking.ratio=0.6", "--trainer.max_epochs=2"]
+    )
+    assert again.model.masking.ratio == 0.6
+    assert again.trainer.global_step == 4
+
+
+def test_a_typo_in_ones_own_module_lists_what_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownmodule.py").write_text("from unimim import PixelTarget\n\nclass Gray(PixelTarget):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = mistake(capsys, "fit", "--config", MASKDISTILL, "--model.teacher", "ownmodule.Grey")
+    assert "there is no class 'Grey'. Did you mean 'ownmodule.Gray'? Known: ownmodule.Gray" in said
 
 
 def test_teacher_weights_from_a_file(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

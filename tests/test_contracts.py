@@ -429,6 +429,18 @@ def test_frozen_is_shared_by_deep_copies() -> None:
     assert copy.deepcopy(own_features()).state_dict().keys() == set()
 
 
+class Dimless(TargetGenerator):
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        return torch.zeros(len(images), *grid_size, 3)
+
+
+class Short(TargetGenerator):
+    dim = 4
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        return torch.zeros(len(images), *grid_size, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -451,6 +463,11 @@ def test_frozen_is_shared_by_deep_copies() -> None:
             lambda: tiny_model(teacher=EMAHeadTarget(8), normalization=CenteredSoftmax(8), loss=nn.SmoothL1Loss()),
             "CenteredSoftmax gives probabilities, and SmoothL1Loss would compare them with logits: set model.loss to SoftCross",
         ),
+        (
+            lambda: tiny_model(teacher=Dimless()),
+            "model.teacher: Dimless has no dim: set it to the number of channels",
+        ),
+        (lambda: tiny_model(teacher=Short()), "Short gives torch.int32: discrete targets are long, add .long()"),
         (lambda: SoftCrossEntropyLoss(0), "temperature is 0, but it is above 0"),
     ],
 )

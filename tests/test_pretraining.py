@@ -242,7 +242,7 @@ def test_unequal_counts_and_students_that_cannot_take_their_images() -> None:
             mask[0, 0, 0] = mask[1, 0, 0] = mask[1, 0, 1] = True
             return mask
 
-    with pytest.raises(ValueError, match="Uneven has to hide as many patches in every image"):
+    with pytest.raises(ValueError, match="Uneven hides 1 and 2 patches of two images: it has to be one count in every image"):
         tiny_model(masking=Uneven())
     with pytest.raises(ValueError, match=r"img_size 30x30: that is no whole number of its patches of 8 pixels"):
         MaskTokenStudent("vit_tiny_patch16_224", {"img_size": 30, "patch_size": 8})

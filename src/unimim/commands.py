@@ -97,9 +97,14 @@ class PretrainCLI(LightningCLI):
         """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
         self.config = parser.parse_args(args)
         checkpoint = self.config[self.config.subcommand].ckpt_path
-        if checkpoint not in (None, "last", "best", "hpc") and not zipfile.is_zipfile(checkpoint):
+        if checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
             found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
+            if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
+                found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put the checkpoint's own hyperparameters over those that are given; here what is given counts."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -123,10 +128,11 @@ class PretrainCLI(LightningCLI):
             ):
                 part.init_args.weights = "random"
                 changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
-        print_once(
-            f"WARNING: --random_weights: {', '.join(changed) or 'no network'} built with RANDOM weights. "
-            f"This run tries the recipe; what it learns means nothing."
-        )
+        if changed:
+            print_once(
+                f"WARNING: --random_weights: {', '.join(changed)} built with RANDOM weights. "
+                f"This run tries the recipe; what it learns means nothing."
+            )
 
     def after_fit(self) -> None:
         """Says where the encoder is."""
@@ -165,18 +171,22 @@ class Parser(LightningArgumentParser):
             known = [
                 name for name in inspect.signature(import_object(class_path)).parameters if name not in ("student", "target")
             ]
+            if "model_args" in known and not closest(found[1], known):
+                nested = f"--{field}.model_args.{found[1]}"
+                return f"{field}: {class_path} takes no {found[1]!r}; timm's arguments are given as {nested}"
             return f"{field}: {class_path} takes no {found[1]!r}.{closest(found[1], known)} Known: {', '.join(known) or 'none'}"
         if found := re.search(r"dot import path string: (\S+)|has no attribute '([^']+)'", message):
             name = found[1] or found[2]
-            known = names_for(keys[-1] if keys else "")
+            known = names_beside(name, message) or names_for(keys[-1] if keys else "")
             known_names = ", ".join(known)
             return f"{field}: there is no class {name!r}.{closest(name, known)}{f' Known: {known_names}' if known else ''}"
         if found := re.search(r"unrecognized arguments: (--\S+)", message):
             name = found[1].partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
             return f"there is no option {name}.{closest(name, known)}"
-        if found := re.search(r"arguments are required: (\S+)", message):
-            return f"{field}.{found[1]} is missing: give --{field}.{found[1]}"
+        if found := re.search(r"arguments are required: ([^\s,]+)", message):
+            name = re.sub(r"^fit\.", "", f"{field}.{found[1]}".lstrip("."))
+            return f"{name} is missing: give --{name}, or a --config that has it"
         kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
         if len(kinds) > 1 and (found := re.search(r"Given value: (.+)", message)):
             return f"{field}: expected {' or '.join(kinds)}, got {found[1]}"
@@ -197,6 +207,19 @@ def names_for(key: str) -> list[str]:
     return [name for name, value in classes.items() if issubclass(value, base) and not inspect.isabstract(value)]
 
 
+def names_beside(name: str, message: str) -> list[str]:
+    """The classes that a user's own module defines, where `name` was looked for in it."""
+    module = re.search(rf"Given value: ([\w.]+)\.{re.escape(name)}|module '([\w.]+)' has no attribute", message)
+    found = sys.modules.get((module[1] or module[2]) if module else "")
+    if found is None or found.__name__.partition(".")[0] in ("unimim", "torch"):
+        return []
+    return [
+        f"{found.__name__}.{key}"
+        for key, value in vars(found).items()
+        if inspect.isclass(value) and value.__module__ == found.__name__
+    ]
+
+
 def default(part: Namespace, argument: str) -> Any:
     """What an argument of a class is where it is not given."""
     return inspect.signature(import_object(part.class_path)).parameters[argument].default
@@ -210,5 +233,10 @@ def import_object(path: str) -> Any:
 
 def closest(name: str, known: list[str]) -> str:
     """' Did you mean a?', or nothing when no known name resembles it."""
-    matches = difflib.get_close_matches(name.rpartition(".")[-1] if "--" not in name else name, known, n=1, cutoff=0.4)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+    def last(path: str) -> str:
+        return path if path.startswith("--") else path.rpartition(".")[-1]
+
+    of = {last(path): path for path in known}
+    matches = difflib.get_close_matches(last(name), of, n=1, cutoff=0.4)
+    return f" Did you mean {of[matches[0]]!r}?" if matches else ""

@@ -125,7 +125,14 @@ class Decoder(Head):
 
 
 class DecoderHead(Decoder):
-    """MAE's decoder (He et al., 2022): plain ViT blocks over all patches. It also works behind a student with mask tokens."""
+    """MAE's decoder (He et al., 2022): plain ViT blocks over all patches. It also works behind a student with mask tokens.
+
+    From Python, with arguments: `head=functools.partial(DecoderHead, depth=4)`.
+
+    Args:
+        student, target: give the widths, when the model is built.
+        width, depth, num_heads: of the decoder (MAE: 512, 8, 16).
+    """
 
     def block(self, width: int, num_heads: int) -> nn.Module:
         """timm's, as in MAE's official code."""
@@ -143,6 +150,10 @@ class PromptingDecoderHead(Decoder):
 
     The tokens of the visible patches and CLS stay as the encoder gave them (embedded, with positions) and are keys and
     values in every block, beside the hidden patches' own.
+
+    Args:
+        student, target: give the widths, when the model is built.
+        width, depth, num_heads: of the decoder (MILAN: 512, 8, 16).
 
     Raises:
         ValueError: the student does not drop patches; and as `Decoder`.

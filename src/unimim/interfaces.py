@@ -128,7 +128,7 @@ class Masking(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
-        """[b 3 H W] -> bool [b h w], True = hidden, the same count in every image."""
+        """[b 3 H W] -> bool [b h w] on the images' device, True = hidden, the same count in every image of every batch."""
 
     def attach(self, teacher: TargetGenerator) -> None:
         """Called once, before training, for a masking that samples by the teacher's attention."""

@@ -74,6 +74,8 @@ class MaskedImageModeling(pl.LightningModule):
                 f"model.lr must be above 0, weight_decay and warmup_epochs not below: got {lr}, {weight_decay}, {warmup_epochs}"
             )
         teacher.attach(student)
+        if not isinstance(getattr(teacher, "dim", None), int):
+            raise ValueError(f"model.teacher: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
         masking.attach(teacher)
         built_head = head(student, teacher)
         teacher.attach_head(built_head)
@@ -144,12 +146,21 @@ class MaskedImageModeling(pl.LightningModule):
                 raise ValueError(
                     f"model.normalization: {kinds} ({error}); for a discrete one it is torch.nn.Identity"
                 ) from error
-            counts = mask.flatten(1).sum(1).tolist()
+            if target.dtype in (torch.int32, torch.int16, torch.uint8):
+                raise ValueError(f"{type(self.teacher).__name__} gives {target.dtype}: discrete targets are long, add .long()")
             channels = () if target.dtype == torch.long else (self.teacher.dim,)
             promise(self.masking, "mask", mask, (2, *grid_size))
+            counts = mask.flatten(1).sum(1).tolist()
             promise(self.teacher, "target", target, (2, *grid_size, *channels))
-            if mask.dtype != torch.bool or counts[0] != counts[1]:
-                raise ValueError(f"{type(self.masking).__name__} has to hide as many patches in every image, in a bool mask")
+            if mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{type(self.masking).__name__} gives a mask of {mask.dtype}, but it has to be bool, True = hidden"
+                )
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f"{type(self.masking).__name__} hides {counts[0]} and {counts[1]} patches of two images: it has to be one "
+                    f"count in every image"
+                )
             selected = self.select(mask)
             if not selected.any():
                 raise ValueError(
@@ -311,8 +322,8 @@ def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -
     """
     if value.shape != shape:
         raise ValueError(
-            f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, but its dim and the student's "
-            f"grid promise {shape}"
+            f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, not {shape}, which the "
+            f"student's grid promises (and the teacher's dim, for target and prediction)"
         )
 
 

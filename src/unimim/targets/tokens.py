@@ -91,7 +91,8 @@ class CodebookTarget(TargetGenerator):
         if len(distinct) < self.dim:
             raise ValueError(
                 f"k-means cannot fit {self.dim} codes to {len(distinct)} distinct patches of "
-                f"{self.fit_images - images_left} images: lower model.teacher.codes, or raise model.teacher.fit_images"
+                f"{self.fit_images - images_left} images: lower model.teacher.codes"
+                + (", or raise model.teacher.fit_images" if images_left <= 0 else ", or take more images than the data has")
             )
         start = distinct[torch.randperm(len(distinct))[: self.dim].to(vectors.device)]
         self.codebook.data.copy_(kmeans(vectors, start, self.iterations, self.normalize))
