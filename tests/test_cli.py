@@ -73,7 +73,8 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
         assert said == "unimim: error: there is no subcommand of pretrain 'fti'. Did you mean 'fit'? Known: fit\n"
     elif words == ["pretrian"]:
         assert done.returncode
-        assert said == "unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: pretrain\n"
+        known = "pretrain, finetune, probe, knn, export"
+        assert said == f"unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: {known}\n"
     else:
         assert not done.returncode
         assert unimim.__version__ in said if words == ["--version"] else "pretrain fit --config" in said
@@ -105,7 +106,7 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
             ["--model.loss", "CosinLoss"],
             "there is no class 'CosinLoss'. Did you mean 'CosineLoss'? Known: CosineLoss, torch.nn.",
         ),
-        (["--model.teacher", "mytarget.Missing"], "model.teacher: No module named 'mytarget'"),
+        (["--model.teacher", "nowhere.Missing"], "model.teacher: No module named 'nowhere'"),
         ([], "data.root is missing: give --data.root"),
         (["--config", "nowhere.yaml"], "File does not exist"),
     ],

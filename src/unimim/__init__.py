@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unimim.callbacks import KNNCallback as KNNCallback
+    from unimim.checkpoint import LoadReport as LoadReport
+    from unimim.checkpoint import export as export
     from unimim.checkpoint import load_backbone as load_backbone
+    from unimim.data.classification import ClassFolderData as ClassFolderData
     from unimim.data.fashion_mnist import FashionMNISTData as FashionMNISTData
     from unimim.data.folder import ImageFolderData as ImageFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from unimim.normalizations import L2Norm as L2Norm
     from unimim.normalizations import LayerNorm as LayerNorm
     from unimim.pretraining import MaskedImageModeling as MaskedImageModeling
+    from unimim.probing import AttentiveProbe as AttentiveProbe
+    from unimim.probing import LinearProbe as LinearProbe
     from unimim.students import MaskTokenStudent as MaskTokenStudent
     from unimim.students import VisibleStudent as VisibleStudent
     from unimim.targets.color import MeanColorTarget as MeanColorTarget
@@ -48,8 +53,10 @@ if TYPE_CHECKING:
 
 MODULE_OF = {
     "AttentiveMasking": "masking",
+    "AttentiveProbe": "probing",
     "BlockMasking": "masking",
     "CenteredSoftmax": "normalizations",
+    "ClassFolderData": "data.classification",
     "CodebookTarget": "targets.tokens",
     "CosineLoss": "losses",
     "DVAETarget": "targets.dalle",
@@ -69,6 +76,8 @@ MODULE_OF = {
     "L2Norm": "normalizations",
     "LayerNorm": "normalizations",
     "LinearHead": "heads",
+    "LinearProbe": "probing",
+    "LoadReport": "checkpoint",
     "MaskTokenStudent": "students",
     "MaskedImageModeling": "pretraining",
     "Masking": "interfaces",
@@ -83,6 +92,7 @@ MODULE_OF = {
     "TargetGenerator": "interfaces",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
+    "export": "checkpoint",
     "load_backbone": "checkpoint",
 }
 

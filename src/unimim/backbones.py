@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import pickle
 import re
 from pathlib import Path
@@ -13,8 +14,8 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
 RESERVED = ("pretrained", "checkpoint_path")
-ENCODER = "student.backbone."
-"""Where a checkpoint of `MaskedImageModeling` has the encoder."""
+ENCODERS = ("student.backbone.", "backbone.")
+"""Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
 
 
 def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> Any:
@@ -35,9 +36,25 @@ def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = Fa
         raise ValueError(f"the weights of {name!r} do not fit these model_args: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise ValueError(
-            f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): give weights=PATH with a state "
-            f"dict of this model (--model.teacher.weights PATH), or weights='random' (--random_weights) to try the recipe"
+            f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): take them from a file, "
+            f"load_backbone(PATH, backbone={name!r}), or for a teacher weights=PATH (--model.teacher.weights PATH), or try the "
+            f"recipe with weights='random' (--random_weights)"
         ) from error
+
+
+def check_image_size(backbone: Any, images: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the images [b 3 H W] are not of the size that a timm model with fixed positions was built for.
+    """
+    patch_embed = getattr(backbone, "patch_embed", None)
+    built = getattr(patch_embed, "img_size", None)
+    if built is not None and getattr(patch_embed, "strict_img_size", True) and tuple(images.shape[-2:]) != tuple(built):
+        given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], built))
+        raise ValueError(
+            f"the images are {given} pixels, but the backbone was built for {wanted}: set data.image_size, or img_size in "
+            f"model_args"
+        )
 
 
 def check_name(name: str) -> None:
@@ -75,6 +92,8 @@ def nearest(name: str, known: list[str]) -> str:
 def read_file(path: str | Path) -> Any:
     """What a `.safetensors` file or a file of `torch.save` holds; its pickle may hold nothing but tensors and plain data.
 
+    An `argparse.Namespace` counts as plain data: the official codes keep their arguments beside the weights.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, of another kind, or a pickle that wants to run code.
@@ -90,10 +109,13 @@ def read_file(path: str | Path) -> Any:
         raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their options so: plain data
+            with safe_open(path, "pt") as tensors:
+                described = (tensors.metadata() or {}).get("backbone")  # as `checkpoint.export` writes it
+                weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (it is no dict)
+            return {"state_dict": weights, "backbone": json.loads(described)} if described else weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -118,14 +140,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
     """The tensors in the content of a file of weights; a dict that wraps them in `state_dict`, `model` or `module` is opened.
 
-    Of a checkpoint of `MaskedImageModeling` it is the encoder's.
+    Of a checkpoint of ours it is the encoder's.
 
     Raises:
         ValueError: `path` holds something else than a state dict.
     """
-    if description(content) and isinstance(content.get("state_dict"), dict):
+    if description(content):
         whole = content["state_dict"]
-        content = {key.removeprefix(ENCODER): value for key, value in whole.items() if key.startswith(ENCODER)}
+        encoder = next((prefix for prefix in ENCODERS if any(key.startswith(prefix) for key in whole)), "")
+        content = {key.removeprefix(encoder): value for key, value in whole.items() if key.startswith(encoder)}
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -135,8 +158,13 @@ def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def description(content: Any) -> dict[str, Any] | None:
-    """What a checkpoint of `MaskedImageModeling` says of its backbone (name, model_args, mean, std); None of other files."""
-    found = content.get("backbone") if isinstance(content, dict) else None
+    """What a checkpoint of ours, or a file exported from one, says of its backbone; None of other files.
+
+    Keys: name, model_args, mean, std.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        return None
+    found = content.get("backbone")
     return found if isinstance(found, dict) and {"name", "model_args", "mean", "std"} <= set(found) else None
 
 
@@ -147,16 +175,20 @@ def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str 
         ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
     """
     expected = module.state_dict()
-    problems = {
-        "missing": [key for key in expected if key not in state_dict],
-        "unexpected": [key for key in state_dict if key not in expected],
-        "of another shape": [
+    found = listed(
+        missing=[key for key in expected if key not in state_dict],
+        unexpected=[key for key in state_dict if key not in expected],
+        of_another_shape=[
             f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
             for key in expected
             if key in state_dict and state_dict[key].shape != expected[key].shape
         ],
-    }
-    found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys]
+    )
     if found:
-        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {'; '.join(found)}")
+        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
     module.load_state_dict(state_dict)
+
+
+def listed(**problems: list[str]) -> str:
+    """'2 missing (a, b); 1 unexpected (c)', the first few of each kind, or nothing."""
+    return "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys)

@@ -7,17 +7,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-TASKS = {"pretrain": "masked image modeling, L( N(T(x)), H(S(M(x))) )"}
-SUBCOMMANDS = ("fit",)
+TASKS = {
+    "pretrain": ("masked image modeling, L( N(T(x)), H(S(M(x))) )", ("fit",)),
+    "finetune": ("a pretrained backbone learns to classify", ("fit", "validate", "predict")),
+    "probe": ("a linear or attentive probe on the frozen backbone", ("fit", "validate")),
+    "knn": ("accuracy of the frozen backbone's nearest neighbours", ()),
+    "export": ("a checkpoint's backbone as a file for timm", ()),
+}
+"""What each is, and its subcommands."""
 
 HELP = f"""\
-usage: unimim [-h] [--version] TASK SUBCOMMAND [options]
+usage: unimim [-h] [--version] TASK [SUBCOMMAND] [options]
 
 Masked image modeling as one equation. Tasks:
-{chr(10).join(f"  {name:10} {text}" for name, text in TASKS.items())}
+{chr(10).join(f"  {name:10} {' | '.join(names):26} {text}" for name, (text, names) in TASKS.items())}
 
   unimim pretrain fit --config conf/pretrain/maskdistill_vit_base.yaml --data.root FOLDER
   unimim pretrain fit --config ... --model.masking.ratio 0.6 --print_config
+  unimim finetune fit --config conf/finetune/vit_base.yaml --model.checkpoint FILE --data.root FOLDER
   unimim pretrain fit --help
 """
 
@@ -32,18 +39,20 @@ def main(args: Sequence[str] | None = None) -> None:
     task = words[0] if words else "--help"
     if task in ("-h", "--help"):
         print(HELP, end="")
-    elif task == "--version":
+        return
+    if task == "--version":
         print(f"unimim {version('unimim')}")
-    elif task not in TASKS:
+        return
+    if task not in TASKS:
         unknown("task", task, TASKS)
-    elif len(words) > 1 and not words[1].startswith("-") and words[1] not in SUBCOMMANDS:
-        unknown(f"subcommand of {task}", words[1], SUBCOMMANDS)
-    else:
-        if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
-            sys.path.insert(0, str(Path.cwd()))
-        from unimim.commands import pretrain
+    subcommands = TASKS[task][1]
+    if subcommands and len(words) > 1 and not words[1].startswith("-") and words[1] not in subcommands:
+        unknown(f"subcommand of {task}", words[1], subcommands)
+    if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
+        sys.path.insert(0, str(Path.cwd()))
+    from unimim import commands
 
-        pretrain(words[1:])
+    getattr(commands, task)(words[1:])
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:

@@ -9,19 +9,26 @@ import sys
 import traceback
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import pytorch_lightning as pl
+import torch
 from jsonargparse import ActionYesNo, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
+from unimim.backbones import description, read_file
+from unimim.checkpoint import export as export_backbone
+from unimim.checkpoint import load_backbone
+from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
+from unimim.probing import Feature, Probe, accuracy, extract_features
+from unimim.probing import knn as nearest_neighbours
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
@@ -30,13 +37,102 @@ LETTER_TYPES: dict[str, type] = {
     "student": Student,
     "head": Head,
     "data": pl.LightningDataModule,
+    "model": Probe,
 }
+Result = TypeVar("Result")
+UNION = "Does not validate against any of the Union subtypes"
+"""How jsonargparse begins when a class that may be left out cannot be made; what its constructor said follows in a list."""
 
 
 def pretrain(args: list[str]) -> LightningCLI:
-    """Runs `unimim pretrain ARGS` and returns the CLI, with `model`, `trainer` and `datamodule`.
+    """Runs `unimim pretrain ARGS` and returns the CLI, with `model`, `trainer` and `datamodule`."""
+    return in_one_line(lambda: PretrainCLI(MaskedImageModeling, **settings("pretrain"), args=args))
 
-    A mistake of the user ends in `SystemExit` with one line; with UNIMIM_TRACEBACK set it keeps its traceback.
+
+def finetune(args: list[str]) -> LightningCLI:
+    """Runs `unimim finetune ARGS` and returns the CLI."""
+    return in_one_line(lambda: FinetuneCLI(FineTuning, **settings("finetune"), args=args))
+
+
+def probe(args: list[str]) -> LightningCLI:
+    """Runs `unimim probe ARGS` and returns the CLI; `--model` says which probe."""
+    return in_one_line(lambda: ProbeCLI(Probe, subclass_mode_model=True, **settings("probe"), args=args))
+
+
+def knn(args: list[str]) -> float:
+    """Runs `unimim knn ARGS`: prints and returns the accuracy of a frozen encoder's nearest neighbours."""
+    return in_one_line(lambda: run_function(knn_accuracy, "unimim knn", args))
+
+
+def export(args: list[str]) -> Path:
+    """Runs `unimim export ARGS`: writes a checkpoint's backbone for timm, with a model card."""
+    return in_one_line(lambda: run_function(export_checkpoint, "unimim export", args))
+
+
+def knn_accuracy(
+    checkpoint: str,
+    data: pl.LightningDataModule,
+    k: int = 20,
+    temperature: float = 0.07,
+    feature: Feature = "mean",
+    device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> float:
+    """Top-1 accuracy of the k nearest neighbours among the training images, for the validation images.
+
+    Args:
+        checkpoint: what `load_backbone` takes: a checkpoint or a timm name.
+        data: a data module with labelled_dataloader("train") and ("val").
+        k: neighbours that vote.
+        temperature: of their votes.
+        feature: the mean of the patch tokens, or the CLS token.
+        device: where the backbone runs.
+    """
+    data.prepare_data()
+    data.setup("validate")
+    backbone = load_backbone(checkpoint).to(device)
+    splits: Any = data
+    (bank, bank_labels), (features, labels) = (
+        extract_features(backbone, splits.labelled_dataloader(split), feature) for split in ("train", "val")
+    )
+    reached = accuracy(nearest_neighbours(features, bank, bank_labels, k, temperature), labels)
+    print(f"k-NN: {reached:.4f} of {len(labels)} images, k {k}, {len(bank)} in the bank")
+    return reached
+
+
+def export_checkpoint(checkpoint: str, output: str, to: Literal["timm", "safetensors"] = "timm") -> Path:
+    """Writes the backbone in a checkpoint as a file that timm loads strictly, and a model card beside it.
+
+    Args:
+        checkpoint: of pretraining or fine-tuning.
+        output: the file to write; it must not exist.
+        to: timm (a file of torch.save) or safetensors.
+    """
+    written = export_backbone(checkpoint, output, to)
+    print(f"{written}, and {written}.md")
+    return written
+
+
+def settings(task: str) -> dict[str, Any]:
+    """What Lightning's CLI is told, the same for every task."""
+    return {
+        "datamodule_class": pl.LightningDataModule,
+        "subclass_mode_data": True,
+        "auto_configure_optimizers": False,
+        "seed_everything_default": 0,
+        "save_config_callback": SaveConfig,
+        "trainer_defaults": {
+            "enable_model_summary": False,  # the pretraining's table of the six letters takes its place
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": task}},
+        },
+        "parser_class": Parser,
+        "parser_kwargs": {"prog": f"unimim {task}"},
+    }
+
+
+def in_one_line(command: Callable[[], Result]) -> Result:
+    """Runs a command; a mistake of the user ends in `SystemExit` with one line.
+
+    With UNIMIM_TRACEBACK set it keeps its traceback.
     """
     for name in unimim.__all__:  # a class is known by its short name once it is imported
         getattr(unimim, name)
@@ -44,31 +140,19 @@ def pretrain(args: list[str]) -> LightningCLI:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # the teacher has to be
     try:
-        return PretrainCLI(
-            MaskedImageModeling,
-            pl.LightningDataModule,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=SaveConfig,
-            trainer_defaults={
-                "enable_model_summary": False,  # the table of the six letters takes its place
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": "pretrain"}},
-            },
-            parser_class=Parser,
-            parser_kwargs={"prog": "unimim pretrain"},
-            args=args,
-        )
+        return command()
     except Exception as error:
         if os.environ.get("UNIMIM_TRACEBACK") or not is_mistake(error):
             raise
-        last_line = str(error).strip().splitlines()[-1]  # a worker's error has its traceback above
+        lines = str(error).strip().splitlines()
+        of_a_class = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
+        last_line = of_a_class[0] if UNION in lines[0] else lines[-1]  # a worker's error has its traceback above
         sys.exit(f"unimim: error: {re.sub(r'^[a-zA-Z.]+(Error|Exception): ', '', last_line)}")
 
 
 def is_mistake(error: Exception) -> bool:
     """Whether a `raise` of this package made it, here or in a data loader's worker: then its text says it all."""
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and str(error).startswith(UNION)):
         return True
     if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
         return False
@@ -86,12 +170,15 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class PretrainCLI(LightningCLI):
-    """`unimim pretrain fit`."""
+class TaskCLI(LightningCLI):
+    """What the tasks share. `names` are the subcommands."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+    names: tuple[str, ...] = ("fit",)
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        loaders = {"train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "model"}
+        return dict.fromkeys(cls.names, loaders)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
@@ -105,6 +192,10 @@ class PretrainCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's own hyperparameters over those that are given; here what is given counts."""
+
+
+class PretrainCLI(TaskCLI):
+    """`unimim pretrain fit`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -139,6 +230,86 @@ class PretrainCLI(LightningCLI):
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path:
             print_once(f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})")
+
+
+class FinetuneCLI(TaskCLI):
+    """`unimim finetune fit|validate|predict`."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A checkpoint of fine-tuning says which model it holds, so that no other file is needed."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path is None and self.config.subcommand != "fit":
+            name = self.config.subcommand
+            sys.exit(f"unimim: error: ckpt_path is missing: {name} needs --ckpt_path FILE of a fine-tuning")
+        if config.ckpt_path in (None, "hpc"):
+            return
+        content = read_file(config.ckpt_path)
+        described = description(content)
+        if described is None or "classes" not in content:
+            sys.exit(
+                f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of fine-tuning that names its backbone (one of "
+                f"pretraining is given as --model.checkpoint)"
+            )
+        config.model.backbone = described["name"]
+        config.model.model_args = described["model_args"]
+        config.model.num_classes = described["model_args"]["num_classes"]
+        config.model.checkpoint = None  # the weights come from ckpt_path
+
+    names = ("fit", "validate", "predict")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", default="predictions.csv", help="where predict writes file, labels and probabilities")
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "predict":  # one process sees all files in their order
+            self.config.predict.trainer.devices = self.config.predict.trainer.num_nodes = 1
+        output = Path(self.config[self.subcommand].get("output") or "")
+        if self.subcommand == "predict" and output.exists():
+            sys.exit(f"unimim: error: output: {output} exists, and is not overwritten: give another --output")
+        if self.subcommand == "predict" and not output.parent.is_dir():
+            sys.exit(f"unimim: error: output: there is no folder {output.parent}")
+
+    def before_predict(self) -> None:
+        """Looks that the data can be predicted."""
+        if type(self.datamodule).predict_dataloader is pl.LightningDataModule.predict_dataloader:
+            kind = type(self.datamodule).__name__
+            sys.exit(f"unimim: error: data: {kind} has no predict_dataloader: --data ClassFolderData takes a folder of photos")
+
+    def after_fit(self) -> None:
+        """Says where the model is."""
+        path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if path:
+            print_once(
+                f"checkpoint: {path}\nto use it: unimim finetune validate|predict --ckpt_path, unimim export --checkpoint"
+            )
+
+    def after_predict(self) -> None:
+        """Writes the predictions."""
+        output = Path(self.config.predict.output)
+        images = self.datamodule.splits["predict"]
+        self.model.write_predictions(images.files, self.trainer.predict_loop.predictions, output, images.unreadable.tolist())
+        print_once(f"{len(images.files) - int(images.unreadable.sum())} files: {output}")
+
+
+class ProbeCLI(TaskCLI):
+    """`unimim probe fit|validate`."""
+
+    names = ("fit", "validate")
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "validate" and self.config.validate.ckpt_path is None:
+            sys.exit("unimim: error: ckpt_path is missing: validate needs --ckpt_path FILE of a probe")
+
+
+def run_function(function: Callable[..., Result], prog: str, args: list[str]) -> Result:
+    """A command that is one function: its parameters are the options."""
+    parser = Parser(prog=prog, description=(function.__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action="config", help="a yaml with any of the options")
+    parser.add_function_arguments(function, as_group=False, sub_configs=True)
+    options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    options.pop("config")
+    return function(**options)
 
 
 def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
@@ -185,8 +356,10 @@ class Parser(LightningArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             return f"there is no option {name}.{closest(name, known)}"
         if found := re.search(r"arguments are required: ([^\s,]+)", message):
-            name = re.sub(r"^fit\.", "", f"{field}.{found[1]}".lstrip("."))
+            name = re.sub(r"^(fit|validate|predict)\.", "", f"{field}.{found[1]}".lstrip("."))
             return f"{name} is missing: give --{name}, or a --config that has it"
+        if "is abstract" in reason and (known := names_for(keys[-1] if keys else "")):
+            return f"{field}: give one of {', '.join(known)}"
         kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
         if len(kinds) > 1 and (found := re.search(r"Given value: (.+)", message)):
             return f"{field}: expected {' or '.join(kinds)}, got {found[1]}"

@@ -1,31 +1,48 @@
 """Fine-tuning: the whole pretrained backbone learns to classify (the paper judges encoders so, on ImageNet-1k)."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from timm.optim import param_groups_layer_decay
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.optim import schedule, undecayed
+from unimim.backbones import check_image_size, create_backbone
+from unimim.checkpoint import load_backbone
+from unimim.optim import layer_decay_groups, schedule
 
 
 class FineTuning(pl.LightningModule):
     """Cross-entropy on the logits of a timm classifier, with a lower learning rate for lower layers.
 
+    The recipe's defaults here are plain; `conf/finetune` has the published ones.
+
     Args:
-        backbone: a timm model with a classifier, such as `load_backbone(path, num_classes=10, global_pool="avg")`. Pixels
-            are normalized by its `pretrained_cfg`.
-        lr: peak learning rate of the head, absolute (BEiT v2, ViT-B: 5e-4 at a batch of 1024).
+        backbone: a timm name, or a timm model with a classifier, such as
+            `load_backbone(path, num_classes=10, global_pool="avg")`. Pixels are normalized by its `pretrained_cfg`.
+        checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
+        num_classes: of a named backbone's classifier.
+        model_args: further arguments of a named backbone, such as `drop_path_rate`.
+        lr: peak learning rate of the head, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-4 at 1024).
+        recipe_batch: the images of a step for which `lr` is meant; another batch is told, with the lr that would fit. None
+            is silent.
+        scale_lr: take that lr: `lr * batch / recipe_batch`.
         layer_decay: factor on the learning rate from each block to the one below (BEiT v2, ViT-B: 0.65).
         betas, weight_decay: AdamW's.
-        warmup_epochs: epochs (or a part of one) of linear warm-up from 0.
+        warmup_epochs: epochs (or a part of one) of linear warm-up from `warmup_lr`.
         min_lr: where the head's cosine ends.
         label_smoothing: of the cross-entropy (BEiT v2: 0.1).
+        mixup, cutmix: alpha of each, one of the two is drawn for every batch (BEiT v2: 0.8 and 1.0); 0 is none.
+        erasing: probability of random erasing, of an image (BEiT v2: 0.25).
+        head_init_scale: factor on a new classifier's weights (BEiT v2: 0.001); one from a file stays as it is.
 
     Raises:
-        ValueError: the model has no classifier.
+        ValueError: the model has no classifier, a number is out of its range; and as `load_backbone`.
     """
 
     mean: Tensor
@@ -33,42 +50,118 @@ class FineTuning(pl.LightningModule):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: str | nn.Module | None = None,
+        checkpoint: str | None = None,
+        num_classes: int = 1000,
+        model_args: dict[str, Any] | None = None,
         lr: float = 5e-4,
+        recipe_batch: int | None = None,
+        scale_lr: bool = False,
         layer_decay: float = 0.65,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.05,
         warmup_epochs: float = 20,
+        warmup_lr: float = 0.0,
         min_lr: float = 1e-6,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        erasing: float = 0.0,
+        head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["backbone"])
-        classes = int(backbone.num_classes)  # type: ignore[arg-type]
-        if classes < 2 or not backbone.global_pool:
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
+        if not 0 <= label_smoothing < 1 or (recipe_batch is not None and recipe_batch < 1):
+            raise ValueError(
+                f"model: label_smoothing within 0 to 1, recipe_batch at least 1; got {label_smoothing}, {recipe_batch}"
+            )
+        if (
+            not lr > 0
+            or not 0 < layer_decay <= 1
+            or min(weight_decay, warmup_epochs, mixup, cutmix) < 0
+            or not 0 <= erasing <= 1
+        ):
+            raise ValueError(
+                f"model: lr above 0, layer_decay within 0 to 1, weight_decay, warmup_epochs, mixup and cutmix not below 0, "
+                f"erasing a probability; got {lr}, {layer_decay}, {weight_decay}, {warmup_epochs}, {mixup}, {cutmix}, {erasing}"
+            )
+        if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr or not 0 < head_init_scale <= 1:
+            raise ValueError(
+                f"model: min_lr and warmup_lr within 0 to lr, head_init_scale within 0 to 1; got {min_lr}, {warmup_lr} with lr "
+                f"{lr}, {head_init_scale}"
+            )
+        self.checkpoint = checkpoint
+        self.backbone: Any = backbone
+        if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
+            raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
+        if isinstance(backbone, str):
+            given: dict[str, Any] = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
+            if checkpoint is None:
+                self.backbone = create_backbone(backbone, given)
+            else:
+                self.backbone = load_backbone(checkpoint, backbone=backbone, **given)
+                given = self.backbone.load_report.backbone["model_args"]  # with those it was pretrained with
+            self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
+        elif checkpoint is not None or model_args is not None:
+            raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+        classes = int(self.backbone.num_classes)
+        if classes < 2 or not self.backbone.global_pool:
             raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
-        config: Any = backbone.pretrained_cfg
-        self.backbone = backbone
-        self.lr, self.layer_decay, self.betas, self.weight_decay = lr, layer_decay, betas, weight_decay
-        self.warmup_epochs, self.min_lr = warmup_epochs, min_lr
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        config = self.backbone.pretrained_cfg
+        self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
+        self.peak_lr = lr
+        self.betas, self.weight_decay = betas, weight_decay
+        self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
+        report = getattr(self.backbone, "load_report", None)
+        head_is_new = report is None or any(name.startswith("head") for name in report.new)
+        if head_init_scale != 1 and head_is_new:
+            with torch.no_grad():
+                for parameter in self.backbone.get_classifier().parameters():
+                    parameter.mul_(head_init_scale)
+        self.erasing = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
+        self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes) if mixup or cutmix else None
+        self.loss = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mix else label_smoothing)  # Mixup smooths by itself
         self.acc1 = MulticlassAccuracy(classes, average="micro")
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+        self.classes: list[str] = []
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
+    # Its steps
+
     def forward(self, images: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1] -> logits [b classes]"""
-        logits: Tensor = self.backbone((images - self.mean) / self.std)
+        logits: Tensor = self.backbone(self.normalize(images))
         return logits
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
+
+        Raises:
+            ValueError: the images are not of the size that the backbone was built for.
+        """
+        check_image_size(self.backbone, images)
+        return (images - self.mean) / self.std
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss: Tensor = self.loss(self(images), labels)
+        """(images [b 3 H W] in [0, 1], labels [b]) -> the loss."""
+        images, labels = self.augment(*batch)
+        loss: Tensor = self.loss(self.backbone(images), labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed."""
+        images = self.normalize(images)
+        if self.erasing is not None:
+            self.erasing.device = images.device  # its noise is made where the images are
+            images = self.erasing(images.clone())
+        if self.mix is not None:
+            images, labels = self.mix(images.clone(), labels)
+        return images, labels
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Top-1 and top-5 of (images, labels)."""
         images, labels = batch
         logits = self(images)
         self.acc1(logits, labels)
@@ -76,12 +169,104 @@ class FineTuning(pl.LightningModule):
         self.log("val/acc1", self.acc1, prog_bar=True)
         self.log("val/acc5", self.acc5)
 
+    def predict_step(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """[b 3 H W] in [0, 1] -> the five highest probabilities [b 5] and their labels [b 5]."""
+        probabilities = self(images).float().softmax(1)
+        top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+        return top
+
+    # Its optimization
+
     def configure_optimizers(self) -> Any:
         """AdamW in groups by layer, with warm-up and cosine per step."""
-        groups = param_groups_layer_decay(
-            self.backbone, self.weight_decay, no_weight_decay_list=undecayed(self.backbone), layer_decay=self.layer_decay
-        )
-        for group in groups:  # timm stores the factor, and leaves it to its own schedulers to apply it
-            group["lr"] = self.lr * group["lr_scale"]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        return schedule(optimizer, self.trainer, self.warmup_epochs, min_lr=self.min_lr)
+        groups = layer_decay_groups(self.backbone, self.peak_lr, self.weight_decay, self.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+        return schedule(optimizer, self.trainer, self.warmup_epochs, self.warmup_lr, self.min_lr)
+
+    def setup(self, stage: str) -> None:
+        """Takes the names of the classes from the data, and the learning rate that fits the batch.
+
+        Raises:
+            ValueError: the data has another number of classes; an odd batch, which cannot be mixed.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "predict" or data is None:
+            return
+        if getattr(data, "labelled", True) is False:
+            raise ValueError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+        self.classes = list(getattr(data, "classes", self.classes))
+        expected = int(self.backbone.num_classes)
+        if self.classes and len(self.classes) != expected:
+            raise ValueError(
+                f"the data has {len(self.classes)} classes, the classifier {expected}: set model.num_classes to "
+                f"{len(self.classes)}"
+            )
+        batch = getattr(data, "batch_size", None)
+        if stage != "fit" or batch is None:
+            return
+        if self.mix is not None and batch % 2:
+            raise ValueError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
+        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if self.recipe_batch is not None and total != self.recipe_batch:
+            fitting = self.lr * total / self.recipe_batch
+            if self.scale_lr:
+                rank_zero_info(f"{total} images a step, the recipe has {self.recipe_batch}: lr {self.lr:g} becomes {fitting:g}")
+                self.peak_lr = fitting
+            else:
+                rank_zero_warn(
+                    f"{total} images a step, but lr {self.lr:g} is meant for {self.recipe_batch}: {fitting:g} would fit "
+                    f"(--model.scale_lr true takes it)"
+                )
+
+    def on_fit_start(self) -> None:
+        """Says so where nothing pretrained is fine-tuned."""
+        trainer: Any = self.trainer
+        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and trainer.ckpt_path is None:
+            rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
+
+    # What it keeps
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `load_backbone` needs to know, and the names of the classes."""
+        report = getattr(self.backbone, "load_report", None)
+        if report is not None:
+            checkpoint["backbone"] = report.backbone
+        elif isinstance(self.hparams.get("backbone"), str):
+            checkpoint["backbone"] = {
+                "name": self.hparams["backbone"],
+                "model_args": self.hparams["model_args"],
+                "mean": self.mean.flatten().tolist(),
+                "std": self.std.flatten().tolist(),
+            }
+        checkpoint["classes"] = self.classes
+        checkpoint["pretrained_from"] = self.checkpoint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the data has other classes than the checkpoint.
+        """
+        known = list(checkpoint.get("classes", []))
+        for label, (ours, theirs) in enumerate(zip(self.classes, known, strict=False)):
+            if ours != theirs:
+                raise ValueError(
+                    f"class {label} of the data is {ours!r}, of the checkpoint {theirs!r}: the labels would not agree"
+                )
+        self.classes = known
+
+    def write_predictions(
+        self, files: list[Path], batches: list[tuple[Tensor, Tensor]], destination: Path, unreadable: list[bool]
+    ) -> None:
+        """A CSV of file, and label and probability of the five likeliest classes, one readable file a row."""
+        places = range(1, batches[0][0].shape[1] + 1)
+        header = ["file", *(f"{what}_{place}" for place in places for what in ("label", "probability"))]
+        with destination.open("w", newline="") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(header)
+            rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)
+            for file, skipped, (probabilities, labels) in zip(files, unreadable, rows, strict=True):
+                if skipped:
+                    continue
+                names = [self.classes[label] if self.classes else str(label) for label in labels]
+                pairs = [value for name, p in zip(names, probabilities, strict=True) for value in (name, f"{p:.6f}")]
+                writer.writerow([str(file), *pairs])

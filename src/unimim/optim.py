@@ -1,14 +1,22 @@
 """The optimizer's side of every recipe: which parameters decay, and the learning rate of each step."""
 
 import math
+from fnmatch import fnmatch
 from typing import Any
 
 import pytorch_lightning as pl
+from timm.models import group_parameters
 from timm.models.beit import Beit
-from timm.optim import param_groups_weight_decay
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import auto_group_layers, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
+"""Those whose layers for fine-tuning are known from their official code."""
 
 
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -38,6 +46,66 @@ def undecayed(module: nn.Module) -> set[str]:
     }
 
 
+def layer_decay_groups(backbone: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups for fine-tuning: the lower a layer, the lower its learning rate.
+
+    A layer of id i learns with `lr * layer_decay ** (last - i)`, `last` being the id of the head: depth + 1 (see `layer_ids`).
+    The rate is in each group, so any optimizer and scheduler of torch applies it. 1-D parameters, positions and tokens do
+    not decay; of the bias tables, BEiT's do and Swin's do not. Groups are named `layer_3` and `layer_3_no_decay`, which
+    is what Lightning's LearningRateMonitor shows.
+
+    Args:
+        backbone: a timm model, with or without its classifier; what needs no gradient is in no group.
+        lr: of the head, absolute.
+        weight_decay: of what decays.
+        layer_decay: factor from each layer to the one below; 1 for none.
+    """
+    ids = layer_ids(backbone)
+    last = depth(backbone) + 1 if isinstance(backbone, FAMILIES) else max(ids.values())
+    kept = undecayed(backbone)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in backbone.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in kept)
+        key = f"layer_{ids[name]}" if decays else f"layer_{ids[name]}_no_decay"
+        if key not in groups:
+            rate = lr * layer_decay ** (last - ids[name])
+            groups[key] = {"params": [], "name": key, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_ids(backbone: Any) -> dict[str, int]:
+    """Which layer each parameter of a timm model belongs to: 0 the embedding, 1 ... depth the blocks, depth + 1 the rest.
+
+    The ids are those of each family's official code: MAE's for a ViT, BEiT v2's for BEiT, EVA's for EVA, SimMIM's (and Swin's
+    own) for Swin. timm's `group_matcher` differs from them in three places: it has the final norm with the last block
+    (they: with the head), a bias table that BEiT's blocks share with the embedding (with the head), and Swin's downsampling,
+    which timm moved to the start of the next stage, with that stage's first block (with the last block before it).
+
+    Other families have timm's own layers, uncorrected; the head's id is then the highest.
+    """
+    if not hasattr(backbone, "group_matcher"):
+        return dict(auto_group_layers(backbone))
+    ids: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    if isinstance(backbone, FAMILIES):
+        head = depth(backbone) + 1
+        for name in ids:
+            if name.startswith(("norm.", "rel_pos_bias.")):
+                ids[name] = head
+            elif isinstance(backbone, SwinTransformer) and ".downsample." in name:
+                ids[name] -= 1
+    return ids
+
+
+def depth(backbone: Any) -> int:
+    """The number of blocks of a ViT, BEiT, EVA or Swin."""
+    stages = backbone.layers if isinstance(backbone, SwinTransformer) else [backbone]
+    blocks: list[Any] = [stage.blocks for stage in stages]
+    return sum(map(len, blocks))
+
+
 def warmup_cosine(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, warmup_lr: float = 0.0, min_lr: float = 0.0
 ) -> LambdaLR:
@@ -47,12 +115,13 @@ def warmup_cosine(
     lr are scaled alike.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
+    first, last = warmup_lr / peak, min_lr / peak  # when both are 0, the factors below do not depend on the peak
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            return (warmup_lr + (peak - warmup_lr) * step / warmup_steps) / peak
+            return first + (1 - first) * step / warmup_steps
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return (min_lr + (peak - min_lr) * (1 + math.cos(math.pi * done)) / 2) / peak
+        return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
     return LambdaLR(optimizer, factor)
 

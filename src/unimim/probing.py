@@ -1,20 +1,38 @@
-"""What a frozen encoder knows: k-NN and a linear probe on its mean-pooled patch tokens."""
+"""What a frozen encoder knows: k-NN, linear and attentive probes on its patch tokens."""
 
-from collections.abc import Iterable
-from typing import Any
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
-from einops import reduce
-from torch import Tensor, nn
+from einops import rearrange, reduce
+from pytorch_lightning.utilities import rank_zero_only
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from unimim.backbones import check_image_size
+from unimim.checkpoint import load_backbone
+from unimim.interfaces import Frozen
+from unimim.optim import parameter_groups, schedule
+
+Feature = Literal["mean", "cls"]
+"""One vector an image: the mean of the patch tokens, or the CLS token."""
 
 
 @torch.no_grad()
-def extract_features(backbone: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def extract_features(
+    backbone: Any, batches: Iterable[tuple[Tensor, Tensor]], feature: Feature = "mean"
+) -> tuple[Tensor, Tensor]:
     """Features [n d] and labels [n] of all batches of (images [b 3 H W] in [0, 1], labels [b]), in eval mode.
 
-    Pixels are normalized by the `mean` and `std` of `backbone.pretrained_cfg`, on the backbone's device; a feature is the
-    mean of the patch tokens behind the final norm.
+    Pixels are normalized by the `mean` and `std` of `backbone.pretrained_cfg`, on the backbone's device. A feature comes
+    from the tokens that end `forward_features`: behind the final norm, if the backbone was made with `global_pool=''`.
+
+    In several processes each has its share of the images, and `gather_shards` puts features and labels together.
     """
     training = backbone.training
     device = next(backbone.parameters()).device
@@ -22,42 +40,181 @@ def extract_features(backbone: Any, batches: Iterable[tuple[Tensor, Tensor]]) ->
     backbone.eval()
     features, labels = [], []
     for images, batch_labels in batches:
+        check_image_size(backbone, images)
         tokens = backbone.forward_features((images.to(device) - mean) / std)
-        features.append(mean_patch_token(backbone, tokens).float())
+        features.append(pool(backbone, tokens, feature).float())
         labels.append(batch_labels.to(device))
     backbone.train(training)
     return torch.cat(features), torch.cat(labels)
 
 
-def mean_patch_token(backbone: Any, tokens: Tensor) -> Tensor:
-    """Tokens of a timm model, [b n d] or [b h w d] -> [b d], without CLS and registers."""
-    if tokens.ndim == 4:
-        return reduce(tokens, "b h w d -> b d", "mean")
-    return reduce(tokens[:, backbone.num_prefix_tokens :], "b n d -> b d", "mean")
+def patch_tokens(backbone: Any, tokens: Tensor) -> Tensor:
+    """What `forward_features` of a timm model gives, [b prefix+n d] or [b h w d] -> [b n d], without CLS and registers.
+
+    Raises:
+        ValueError: the model gives no tokens, but a map of channels first.
+    """
+    if tokens.shape[-1] != backbone.num_features or tokens.ndim not in (3, 4):
+        raise ValueError(
+            f"{type(backbone).__name__} gives no tokens of {backbone.num_features} channels, but {tuple(tokens.shape)}: probes "
+            f"take a ViT, BEiT, EVA or Swin"
+        )
+    return rearrange(tokens, "b h w d -> b (h w) d") if tokens.ndim == 4 else tokens[:, backbone.num_prefix_tokens :]
+
+
+def pool(backbone: Any, tokens: Tensor, feature: Feature) -> Tensor:
+    """Tokens of a timm model, [b prefix+n d] or [b h w d] -> [b d].
+
+    Raises:
+        ValueError: as `patch_tokens` and `check_feature`.
+    """
+    check_feature(backbone, feature)
+    patches = patch_tokens(backbone, tokens)
+    return tokens[:, 0] if feature == "cls" else reduce(patches, "b n d -> b d", "mean")
+
+
+def check_feature(backbone: Any, feature: Feature) -> None:
+    """
+    Raises:
+        ValueError: the CLS token is asked of a model that has none, or the feature is of another name.
+    """
+    known = ["mean"] if getattr(backbone, "cls_token", None) is None else ["mean", "cls"]
+    if feature not in known:
+        raise ValueError(f"feature is {feature!r}, but this {type(backbone).__name__} has {' and '.join(known)} only")
+
+
+def gather_shards(shard: Tensor, total: int) -> Tensor:
+    """The rows [n ...] that each process has of a set of `total` -> all [total ...], in the order of one process alone.
+
+    For the shards of `DistributedSampler(dataset, shuffle=False)`: process r of w has the rows r, r + w, r + 2 w, ..., and
+    the last shards are filled with rows from the start, which are dropped here. So k-NN on what is gathered gives the same
+    labels as in one process. Every process gets all rows, and for a moment has them twice.
+
+    Without `torch.distributed` the only shard is everything.
+
+    Raises:
+        ValueError: the shards are not of one length, or not of `total` rows together (plus what fills the last).
+    """
+    several = distributed.is_available() and distributed.is_initialized()
+    processes = distributed.get_world_size() if several else 1
+    lengths = [len(shard)] * processes
+    if several:
+        distributed.all_gather_object(lengths, len(shard))
+    if len(set(lengths)) > 1 or not 0 <= sum(lengths) - total < processes:
+        raise ValueError(
+            f"shards of {lengths} rows are none of DistributedSampler's of {total}: it has to have drop_last=False, and the "
+            f"loader too"
+        )
+    if not several:
+        return shard
+    shards = shard.new_empty(processes, *shard.shape)
+    distributed.all_gather(list(shards.unbind()), shard.contiguous())
+    return rearrange(shards, "w n ... -> (n w) ...")[:total]
 
 
 def knn(
-    features: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 20, temperature: float = 0.07, chunk: int = 1024
+    features: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 20, temperature: float = 0.07, chunk: int = 2048
 ) -> Tensor:
     """Labels [n] of features [n d] by the votes of their k nearest in a bank [N d] with labels [N].
 
-    Nearest by cosine; a vote weighs exp(cosine / temperature), as in DINO (Caron et al., 2021; k 20, temperature 0.07).
-    Memory beyond the bank: `chunk` rows of N similarities at a time.
+    Nearest by cosine; a vote weighs exp(cosine / temperature), as in DINO (Caron et al., 2021; k 20, temperature 0.07). Of
+    neighbours that are equally near, those of the lowest index vote; of classes with equal votes, the lowest wins.
+
+    Cosines are computed in float64, right to 1e-12, and the sums in them and in the votes are without rounding (see
+    `fixed_point`): neither the chunk, nor the number of threads or processes, nor the device changes who is nearest.
+
+    Args:
+        features, bank: finite; the bank may be on another device, its chunks are brought over.
+        temperature: votes below exp(-28) of the nearest neighbour's count as none.
+        chunk: rows of features and of the bank that are compared at a time. Memory beyond features, bank and answer is at
+            most 8 chunk (4 chunk + 5 d + 8 k + classes) bytes, whatever n and N: 216 MB for 768 channels and 1000 classes.
 
     Raises:
-        ValueError: k is larger than the bank.
+        ValueError: k is larger than the bank, or a feature is NaN or infinite.
     """
+    if k < 1:
+        raise ValueError(f"k-NN asks {k} neighbours, but at least 1 votes")
     if k > len(bank):
         raise ValueError(f"k-NN asks {k} neighbours, but only {len(bank)} images have labels")
-    bank = F.normalize(bank, dim=-1)
-    classes = int(bank_labels.max()) + 1
-    predicted = []
-    for rows in F.normalize(features, dim=-1).split(chunk):
-        similarity, nearest = (rows @ bank.T).topk(k, dim=1)  # [chunk k]
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, bank_labels[nearest], torch.exp((similarity - 1) / temperature))
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+    labels = bank_labels.to(features.device)
+    classes = int(labels.max()) + 1
+    chunks = features.split(chunk)
+    return torch.cat([vote(*neighbours(rows, bank, k, chunk), labels, classes, temperature) for rows in chunks])
+
+
+def vote(similarity: Tensor, nearest: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Cosines and indices [b k] of the nearest, labels [N] -> the label with most votes [b]; of equal ones the lowest."""
+    weights = torch.exp((similarity - similarity.amax(1, keepdim=True)) / temperature)
+    weights = (weights * 2**40).round()  # whole numbers: equal votes stay equal, in whatever order they are added
+    votes = torch.zeros(len(weights), classes, dtype=torch.float64, device=weights.device)
+    return votes.scatter_add_(1, bank_labels[nearest], weights).argmax(1)
+
+
+def neighbours(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices [b k] of the k nearest in a bank [N d] to rows [b d], by ascending index."""
+    queries = fixed_point(rows)
+    similarity = torch.empty(len(rows), 0, dtype=torch.float64, device=rows.device)
+    index = torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
+    for start in range(0, len(bank), chunk):
+        others = bank[start : start + chunk].to(rows.device)
+        similarity = torch.cat([similarity, cosines(queries, fixed_point(others))], 1)
+        found = torch.arange(start, start + len(others), device=rows.device)
+        index = torch.cat([index, found.expand(len(rows), -1)], 1)
+        columns = largest(similarity, min(k, similarity.shape[1]))
+        similarity, index = similarity.gather(1, columns), index.gather(1, columns)
+    return similarity, index
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """The columns [b k] of the k largest of each row of [b n], ascending; of equal ones the first. (topk takes any.)"""
+    least = values.topk(k, dim=1).values[:, -1:]
+    above, equal = values > least, values == least
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= room))
+    return chosen.nonzero()[:, 1].view(len(values), k)
+
+
+def fixed_point(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [n d] -> upper and lower digits [n d] of their entries as whole numbers, and their norms [n 1].
+
+    An entry, in units of the largest of its row, is (upper + lower / 2^p) / 2^p, with p so small (21 for 768 channels) that a
+    sum of d products of such numbers is below 2^53: float64 adds them without rounding, so in any order.
+
+    Raises:
+        ValueError: an entry is NaN or infinite.
+    """
+    if not torch.isfinite(features).all():
+        raise ValueError("k-NN needs finite features, but some are NaN or infinite: did the encoder diverge?")
+    features = features.double()
+    features = features / features.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    unit = 2 ** digits(features)
+    features *= unit  # in place, for the memory
+    upper = features.round()
+    features -= upper
+    features *= unit
+    lower = features.round_()
+    squares, crossed, rest = (reduce(a * b, "n d -> n 1", "sum") for a, b in ((upper, upper), (upper, lower), (lower, lower)))
+    squared = squares + (2 * crossed + rest / unit) / unit
+    return upper, lower, squared.sqrt().clamp_min(1)  # only a row of zeros has a norm below 1
+
+
+def digits(features: Tensor) -> int:
+    """p of `fixed_point`: d 2^(2 p) is at most 2^53."""
+    return (53 - (features.shape[1] - 1).bit_length()) // 2
+
+
+def cosines(rows: tuple[Tensor, Tensor, Tensor], columns: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[b n] of two results of `fixed_point`, of b and n features. Each product is exact, and then they are added."""
+    upper, lower, norm = rows
+    other_upper, other_lower, other_norm = columns
+    unit = 2 ** digits(upper)
+    result = lower @ other_lower.T
+    result /= unit
+    result += lower @ other_upper.T
+    result += upper @ other_lower.T
+    result /= unit
+    result += upper @ other_upper.T
+    return result.div_(norm).div_(other_norm.T)
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, penalty: float = 1e-3, steps: int = 200) -> Tensor:
@@ -88,3 +245,245 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, penalt
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """The share of predictions [n] that equal the labels [n]."""
     return float((predicted == labels).float().mean())
+
+
+def loaded(backbone: str | nn.Module) -> Any:
+    """A backbone by the name of its file, or of timm's weights, or as it is."""
+    return load_backbone(backbone) if isinstance(backbone, str) else backbone
+
+
+class Probe(pl.LightningModule, ABC):
+    """A frozen backbone and, for each learning rate, a head that learns to classify its tokens.
+
+    A batch passes the backbone once, and then all heads. They start from the same weights, each has its own rate and its
+    own gradient clipping, and no parameter is shared: what a head learns does not depend on the other rates.
+    The sweep over rates is DINOv2's protocol (Oquab et al., 2023). Rates rise linearly over `warmup_epochs` and then follow a
+    cosine to 0, per step.
+
+    The backbone stays in eval mode and gets no gradient; it is in no checkpoint, so the same has to be given to load one.
+
+    Logs `train/loss` (the lowest of the heads), `val/acc1` (the highest) and `val/best_lr` (its rate), and for each rate
+    `train/loss_lr_RATE` and `val/acc1_lr_RATE`. When training ends, the accuracies are printed as a table.
+
+    Args:
+        head: from what `inputs` gives, to logits [b classes]; each rate gets a copy.
+
+    Raises:
+        ValueError: no rate, one that is not above 0, or one given twice; fewer than two classes.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        num_classes: int,
+        lrs: tuple[float, ...],
+        weight_decay: float,
+        warmup_epochs: float,
+    ) -> None:
+        super().__init__()
+        if not lrs or not all(lr > 0 for lr in lrs) or len({f"{lr:g}" for lr in lrs}) < len(lrs):
+            raise ValueError(f"model.lrs takes one or more different rates above 0, got {list(lrs)}")
+        if num_classes < 2:
+            raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
+        config: Any = backbone.pretrained_cfg
+        self.backbone = Frozen(backbone)
+        self.num_classes = num_classes
+        self.lrs = tuple(lrs)
+        self.weight_decay, self.warmup_epochs = weight_decay, warmup_epochs
+        self.accuracies: list[float] = []
+        self.heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
+        self.acc1: Any = nn.ModuleList(MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in lrs)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """
+        Raises:
+            ValueError: the data has no labels, or another number of classes.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "labelled", True) is False:
+            raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+        classes = len(getattr(data, "classes", []))
+        if classes and classes != self.num_classes:
+            raise ValueError(
+                f"the data has {classes} classes, the probe {self.num_classes}: set model.num_classes to {classes}"
+            )
+
+    @abstractmethod
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """What all heads see of the backbone's tokens."""
+
+    @abstractmethod
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Over the heads' parameters, in groups that have their lr and weight decay."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1] -> logits of all heads [rates b classes]"""
+        check_image_size(self.backbone.network, images)
+        with torch.no_grad():
+            tokens = self.backbone.network.forward_features((images - self.mean) / self.std)
+        inputs = self.inputs(tokens)
+        return torch.stack([head(inputs) for head in self.heads])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        losses = torch.stack([F.cross_entropy(logits, labels) for logits in self(images)])
+        self.log_dict({f"train/loss_lr_{lr:g}": loss for lr, loss in zip(self.lrs, losses.detach(), strict=True)})
+        self.log("train/loss", losses.detach().nan_to_num(nan=torch.inf).min(), prog_bar=True)
+        return losses.sum()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        for metric, logits in zip(self.acc1, self(images), strict=True):
+            metric.update(logits.argmax(1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.accuracies = [float(metric.compute()) for metric in self.acc1]  # of all processes
+        best = self.accuracies.index(max(self.accuracies))
+        for lr, metric, measured in zip(self.lrs, self.acc1, self.accuracies, strict=True):
+            metric.reset()
+            self.log(f"val/acc1_lr_{lr:g}", measured, sync_dist=True)
+        self.log("val/acc1", self.accuracies[best], prog_bar=True, sync_dist=True)
+        self.log("val/best_lr", self.lrs[best], sync_dist=True)
+
+    def on_fit_end(self) -> None:
+        if self.accuracies:
+            rank_zero_only(print)(self.summary(), flush=True)
+
+    def summary(self) -> str:
+        """A line for each rate: its accuracy in the last validation, and which is the best."""
+        best = self.accuracies.index(max(self.accuracies))
+        rows = [
+            f"{lr:>10g}  {measured:8.4f}" + ("  best" if i == best else "")
+            for i, (lr, measured) in enumerate(zip(self.lrs, self.accuracies, strict=True))
+        ]
+        return "\n".join([f"{'lr':>10}  val/acc1", *rows])
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, with a group (or two, when some parameters do not decay) for each rate."""
+        groups = []
+        for lr, head in zip(self.lrs, self.heads, strict=True):
+            for group in parameter_groups([head], self.weight_decay):
+                kind = "" if group["weight_decay"] == self.weight_decay else "_no_decay"
+                groups.append({**group, "lr": lr, "name": f"lr_{lr:g}{kind}"})
+        return schedule(self.optimizer(groups), self.trainer, self.warmup_epochs)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """The Trainer's clipping, of each head by itself: a norm over all would let one rate slow the others."""
+        if not gradient_clip_val:
+            return
+        for head in self.heads:
+            if gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(head.parameters(), gradient_clip_val)
+            else:
+                nn.utils.clip_grad_norm_(head.parameters(), gradient_clip_val)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
+        self.backbone.network._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class LinearProbe(Probe):
+    """One linear layer on one feature an image, which is normalized by a BatchNorm without affine (MAE, appendix A.1).
+
+    Weights start from a normal of std 0.01, biases from 0; there is no weight decay, as there. SGD with momentum stands for
+    MAE's LARS, which is for batches of 16,384; DINO and DINOv2 use it too.
+
+    Args:
+        backbone: what `load_backbone` takes (a checkpoint or a timm name), or a timm model; make a ViT, BEiT or EVA with
+            `global_pool=''`, so that its tokens end in the final norm. Pixels are normalized by its `pretrained_cfg`.
+        num_classes: of the labels.
+        lrs: peak learning rates, absolute. DINOv2 tries 13, from 1e-5 to 0.1 for every 256 images of a batch.
+        feature: the mean of the patch tokens, or the CLS token.
+        momentum, weight_decay: SGD's.
+        warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (MAE: 10 of 90; DINO: none).
+
+    Raises:
+        ValueError: as `Probe`, or the CLS token of a backbone that has none.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int,
+        lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        feature: Feature = "mean",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        warmup_epochs: float = 10,
+    ) -> None:
+        encoder = loaded(backbone)
+        check_feature(encoder, feature)
+        dim: Any = encoder.num_features
+        linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        super().__init__(encoder, linear, num_classes, lrs, weight_decay, warmup_epochs)
+        self.save_hyperparameters(ignore=["backbone"])
+        self.feature: Feature = feature
+        self.momentum = momentum
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """[b prefix+n d] or [b h w d] -> normalized features [b d]"""
+        normalized: Tensor = self.norm(pool(self.backbone.network, tokens, self.feature))
+        return normalized
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lrs[0], momentum=self.momentum)
+
+
+class AttentiveProbe(Probe):
+    """A learned query that attends to the patch tokens, an MLP and a linear layer (V-JEPA, Bardes et al., 2024; also AIM's).
+
+    The pooling is timm's `AttentionPoolLatent`: one query, cross-attention with several heads, a residual MLP.
+
+    Args:
+        backbone: what `load_backbone` takes (a checkpoint or a timm name), or a timm model; make a ViT, BEiT or EVA with
+            `global_pool=''`, so that its tokens end in the final norm. Pixels are normalized by its `pretrained_cfg`.
+        num_classes: of the labels.
+        lrs: peak learning rates, absolute (V-JEPA on ImageNet: 1e-3 at a batch of 1024, 20 epochs).
+        num_heads: of the attention (V-JEPA: 12); a divisor of the backbone's width.
+        betas, weight_decay: AdamW's (V-JEPA: 0.001); 1-D parameters do not decay.
+        warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (V-JEPA: none).
+
+    Raises:
+        ValueError: as `Probe`, or a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int,
+        lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3),
+        num_heads: int = 12,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 1e-3,
+        warmup_epochs: float = 0,
+    ) -> None:
+        encoder = loaded(backbone)
+        dim: Any = encoder.num_features
+        if dim % num_heads:
+            raise ValueError(f"model.num_heads {num_heads} does not divide the backbone's {dim} channels")
+        pooling = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
+        head = nn.Sequential(pooling, nn.Linear(dim, num_classes))
+        super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs)
+        self.save_hyperparameters(ignore=["backbone"])
+        self.betas = betas
+
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """[b prefix+n d] or [b h w d] -> [b n d]"""
+        return patch_tokens(self.backbone.network, tokens)
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lrs[0], betas=self.betas)

@@ -21,6 +21,8 @@ FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("im
 class FashionMNISTData(pl.LightningDataModule):
     """Batches [b 3 H W] of garments in [0, 1] for pretraining, and labelled splits for evaluation.
 
+    With `labelled`, batches are (images, labels [b]), for fine-tuning and probes.
+
     Images are 28x28 and grey; they are padded to 32x32, repeated to three channels and, for another `image_size`,
     resized. Training images are flipped horizontally, half of them.
 
@@ -36,6 +38,7 @@ class FashionMNISTData(pl.LightningDataModule):
         batch_size: images of one process in one step.
         num_workers: processes that read images; the images are in memory, so 0 is fast.
         train_images, val_images: sizes of the splits, at most 60,000 together.
+        labelled: whether training batches have labels.
 
     Raises:
         ValueError: the splits are larger than the set, or smaller than one batch.
@@ -50,6 +53,7 @@ class FashionMNISTData(pl.LightningDataModule):
         num_workers: int = 0,
         train_images: int = 10_000,
         val_images: int = 5_000,
+        labelled: bool = False,
     ) -> None:
         super().__init__()
         if train_images + val_images > 60_000:
@@ -62,6 +66,8 @@ class FashionMNISTData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.train_images = train_images
         self.val_images = val_images
+        self.labelled = labelled
+        self.classes = list(FashionMNIST.classes) if labelled else []
 
     def prepare_data(self) -> None:
         rank_zero_info(f"Fashion-MNIST: {provide(self.root)}")
@@ -74,10 +80,14 @@ class FashionMNISTData(pl.LightningDataModule):
             "test": (test.data, test.targets),
         }
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        images, _ = self.splits["train"]
-        garments = Garments(images, self.image_size)
+    def train_dataloader(self) -> DataLoader[Any]:
+        images, labels = self.splits["train"]
+        garments = Garments(images, self.image_size, labels if self.labelled else None, flip=True)
         return DataLoader(garments, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> Any:
+        """The validation split where there are labels, else none."""
+        return self.labelled_dataloader("val") if self.labelled else []
 
     def labelled_dataloader(self, split: Literal["train", "val", "test"], count: int | None = None) -> DataLoader[Any]:
         """Batches of (images [b 3 H W] in [0, 1], labels [b]), not flipped, in a fixed order; the first `count`."""
@@ -87,12 +97,13 @@ class FashionMNISTData(pl.LightningDataModule):
 
 
 class Garments(Dataset[Any]):
-    """uint8 [n 28 28] as [3 H W] in [0, 1]: flipped half of the time without labels, as they are with labels [n]."""
+    """uint8 [n 28 28] as [3 H W] in [0, 1], with `flip` mirrored half of the time; with labels [n], pairs of both."""
 
-    def __init__(self, images: Tensor, image_size: int, labels: Tensor | None = None) -> None:
+    def __init__(self, images: Tensor, image_size: int, labels: Tensor | None = None, flip: bool = False) -> None:
         self.images = images
         self.image_size = image_size
         self.labels = labels
+        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,10 +114,10 @@ class Garments(Dataset[Any]):
         if self.image_size != pixels.shape[-1]:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        if self.labels is not None:
-            return list(zip(pixels, self.labels[indices], strict=True))
-        flipped = rearrange(torch.rand(len(indices)) < 0.5, "b -> b 1 1 1")
-        return list(torch.where(flipped, pixels.flip(-1), pixels))
+        if self.flip:
+            flipped = rearrange(torch.rand(len(indices)) < 0.5, "b -> b 1 1 1")
+            pixels = torch.where(flipped, pixels.flip(-1), pixels)
+        return list(pixels) if self.labels is None else list(zip(pixels, self.labels[indices], strict=True))
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]

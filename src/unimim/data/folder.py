@@ -45,6 +45,8 @@ class ImageFolderData(pl.LightningDataModule):
         ValueError: a number out of its range; fewer images than one batch; on use, an unreadable image.
     """
 
+    labelled = False
+
     def __init__(
         self,
         root: str,

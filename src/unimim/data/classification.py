@@ -1,0 +1,177 @@
+"""Labelled images in class folders, with the augmentations of ImageNet fine-tuning."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from pytorch_lightning.utilities import rank_zero_warn
+from timm.data import create_transform
+from torch import distributed
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from unimim.data.folder import ImageFiles, OnBadImage, class_folders, image_files
+
+
+def timms(image_size: int, **options: Any) -> Any:
+    """timm's transform, bicubic, to pixels [3 H W] in [0, 1] (the model normalizes for itself).
+
+    Raises:
+        ValueError: timm does not know the words of `auto_augment`.
+    """
+    try:
+        transform = create_transform(image_size, interpolation="bicubic", normalize=False, **options)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"data.auto_augment is {options.get('auto_augment')!r}, which timm does not know: {error}") from error
+    return v2.Compose([transform, v2.ToDtype(torch.float32, scale=True)])
+
+
+class ClassFolderData(pl.LightningDataModule):
+    """Batches of (images [b 3 H W] in [0, 1], labels [b]) from class folders in `train` and `val`: ImageNet's layout.
+
+    Training images go through timm's augmentations; validation images are resized by `crop_pct`, bicubic, and cropped in the
+    centre. For `predict`, `root` may be any folder of photos.
+
+    Args:
+        root: the folder.
+        image_size: side of the crops in pixels.
+        batch_size: images of one process in one step.
+        num_workers: processes that read images.
+        crop_scale: the crop's share of the image's area (ImageNet: 0.08 to 1).
+        flip: probability of a horizontal flip.
+        auto_augment: timm's word for RandAugment (BEiT v2: rand-m9-mstd0.5-inc1), or None.
+        color_jitter: strength where there is no `auto_augment` (timm: 0.4).
+        crop_pct: the validation crop's share of the resized image's side (224 of 256: 0.875).
+        labels_per_class: only so many training images of each class, the first by name; None takes all.
+        on_bad_image: "error" stops at an unreadable file and names it; "skip" warns, and puts the next readable image in
+            its place.
+
+    Raises:
+        FileNotFoundError: `train` or `val` is missing, flat, or empty.
+        ValueError: `train` and `val` have other classes, a number out of its range, fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 128,
+        num_workers: int = 8,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip: float = 0.5,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        color_jitter: float = 0.4,
+        crop_pct: float = 0.875,
+        labels_per_class: int | None = None,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        super().__init__()
+        low, high = crop_scale
+        if min(image_size, batch_size) < 1 or num_workers < 0 or (labels_per_class is not None and labels_per_class < 1):
+            raise ValueError(
+                f"data: impossible image_size {image_size}, batch_size {batch_size}, num_workers {num_workers} or "
+                f"labels_per_class {labels_per_class}"
+            )
+        if not 0 < low <= high <= 1 or not 0 <= flip <= 1 or not 0 < crop_pct <= 1:
+            raise ValueError(
+                f"data: crop_scale is (low, high) within 0 to 1, flip a probability, crop_pct within 0 to 1; got "
+                f"{crop_scale}, {flip}, {crop_pct}"
+            )
+        self.root = Path(root).expanduser()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.labels_per_class = labels_per_class
+        self.on_bad_image = on_bad_image
+        if color_jitter < 0:
+            raise ValueError(f"data.color_jitter is {color_jitter}, but it is not negative")
+        self.augmentation = timms(
+            image_size, is_training=True, scale=crop_scale, hflip=flip, color_jitter=color_jitter, auto_augment=auto_augment
+        )
+        self.evaluation = timms(image_size, is_training=False, crop_pct=crop_pct)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the class folders, in the order of their labels.
+
+        Raises:
+            FileNotFoundError, ValueError: as the class.
+        """
+        found = {}
+        for split in ("train", "val"):
+            folder = self.root / split
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"data.root: fine-tuning needs {self.root}/train and {self.root}/val, there is no {split}"
+                )
+            found[split] = class_folders(folder)
+            if not found[split]:
+                inside = f"{len(image_files(folder))} images, but no folder a class"
+                raise FileNotFoundError(f"data.root: {folder} has {inside}: sort them into {folder}/CLASS/")
+        if found["train"] != found["val"]:
+            only = {
+                split: sorted(set(found[split]) - set(found[other])) for split, other in (("train", "val"), ("val", "train"))
+            }
+            said = "; ".join(f"only in {split}: {', '.join(names[:3])}" for split, names in only.items() if names)
+            raise ValueError(
+                f"data.root: {self.root} has {len(found['train'])} classes in train, {len(found['val'])} in val ({said})"
+            )
+        return found["train"]
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "predict":
+            files = image_files(self.root)
+            self.splits = {"predict": ImageFiles(files, self.evaluation, self.on_bad_image)}
+            return
+        classes = self.classes
+        self.splits = {}
+        for split, transform in (("train", self.augmentation), ("val", self.evaluation)):
+            samples = [
+                (path, label)
+                for label, name in enumerate(classes)
+                for path in image_files(self.root / split / name)[: self.labels_per_class if split == "train" else None]
+            ]
+            labels = [label for _, label in samples]
+            self.splits[split] = ImageFiles([path for path, _ in samples], transform, self.on_bad_image, labels)
+        if stage == "fit" and len(self.splits["train"]) < self.batch_size:
+            found = len(self.splits["train"])
+            raise ValueError(
+                f"{self.root}/train has {found} images, which is less than one batch of {self.batch_size}: set "
+                f"data.batch_size to {found} or less"
+            )
+
+    def teardown(self, stage: str) -> None:
+        for split, images in self.splits.items():
+            if skipped := int(images.unreadable.sum()):
+                rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self._loader("val")
+        # Lightning's own sampler would count some images twice, to give each process as many.
+        return self._loader("val", sampler=UnrepeatedDistributedSampler(self.splits["val"], shuffle=False))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")
+
+    def labelled_dataloader(self, split: str) -> DataLoader[Any]:
+        """Batches of (images, labels) of `train` or `val`, not augmented, in a fixed order."""
+        images = self.splits[split]
+        plain = ImageFiles(images.files, self.evaluation, self.on_bad_image, images.labels)
+        return DataLoader(plain, self.batch_size, num_workers=self.num_workers, generator=torch.Generator())
+
+    def _loader(self, split: str, shuffle: bool = False, drop_last: bool = False, sampler: Any = None) -> DataLoader[Any]:
+        return DataLoader(
+            self.splits[split],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
