@@ -136,10 +136,13 @@ def knn(
         raise ValueError(f"k-NN asks {k} neighbours, but at least 1 votes")
     if k > len(bank):
         raise ValueError(f"k-NN asks {k} neighbours, but only {len(bank)} images have labels")
+    device = features.device
+    if device.type == "mps":  # it has no float64
+        features, bank = features.cpu(), bank.cpu()
     labels = bank_labels.to(features.device)
     classes = int(labels.max()) + 1
     chunks = features.split(chunk)
-    return torch.cat([vote(*neighbours(rows, bank, k, chunk), labels, classes, temperature) for rows in chunks])
+    return torch.cat([vote(*neighbours(rows, bank, k, chunk), labels, classes, temperature) for rows in chunks]).to(device)
 
 
 def vote(similarity: Tensor, nearest: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
