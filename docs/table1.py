@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-import unimim
-
 ROOT = Path(__file__).parent.parent
 TORCH = "https://docs.pytorch.org/docs/stable/generated"
 START, END = "<!-- table 1 -->\n", "<!-- /table 1 -->"
@@ -69,4 +67,4 @@ def readme_with_table(text: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(readme_with_table(readme.read_text()))
-    print(f"Table 1: {len(recipes())} recipes of unimim {unimim.__version__}")
+    print(f"Table 1: {len(recipes())} recipes")

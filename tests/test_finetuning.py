@@ -362,6 +362,16 @@ def test_a_backbone_made_by_the_user() -> None:
     assert not torch.equal(backbone.head.weight, before)
 
 
+def test_a_classifier_from_a_file_keeps_its_scale(tmp_path: Path) -> None:
+    """Only a new one starts near zero; one of another number of classes is new."""
+    tuned = noisy(timm.create_model(VIT, num_classes=6, global_pool="avg", **PLAIN))
+    torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
+    options = {"backbone": VIT, "model_args": PLAIN, "checkpoint": str(tmp_path / "tuned.pth"), "head_init_scale": 0.001}
+    same = FineTuning(num_classes=6, **options)
+    assert torch.equal(same.backbone.head.weight, tuned.head.weight)
+    assert FineTuning(num_classes=5, **options).backbone.head.weight.abs().max() < 0.001
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -384,6 +394,9 @@ def test_a_backbone_made_by_the_user() -> None:
         ({"label_smoothing": 1.5}, "label_smoothing"),
         ({"label_smoothing": 1.5, "mixup": 0.8}, "label_smoothing"),
         ({"recipe_batch": 0}, "recipe_batch"),
+        ({"min_lr": 1.0}, "min_lr and warmup_lr within 0 to lr"),
+        ({"warmup_lr": -1.0}, "min_lr and warmup_lr within 0 to lr"),
+        ({"head_init_scale": float("nan")}, "head_init_scale within 0 to 1"),
     ],
     ids=str,
 )

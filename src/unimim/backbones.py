@@ -5,6 +5,8 @@ import difflib
 import json
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = Fa
             f"load_backbone(PATH, backbone={name!r}), or for a teacher weights=PATH (--model.teacher.weights PATH), or try the "
             f"recipe with weights='random' (--random_weights)"
         ) from error
+
+
+@contextmanager
+def own_seed() -> Iterator[None]:
+    """Within it, random weights do not depend on the run's seed: the same in every process, and in a run that goes on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def check_image_size(backbone: Any, images: Tensor) -> None:

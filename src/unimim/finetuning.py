@@ -155,9 +155,9 @@ class FineTuning(pl.LightningModule):
         images = self.normalize(images)
         if self.erasing is not None:
             self.erasing.device = images.device  # its noise is made where the images are
-            images = self.erasing(images.clone())
+            images = self.erasing(images)
         if self.mix is not None:
-            images, labels = self.mix(images.clone(), labels)
+            images, labels = self.mix(images, labels)
         return images, labels
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from unimim.data.folder import ImageFiles, OnBadImage, class_folders, image_files
 
 
-def timms(image_size: int, **options: Any) -> Any:
+def timm_transform(image_size: int, **options: Any) -> Any:
     """timm's transform, bicubic, to pixels [3 H W] in [0, 1] (the model normalizes for itself).
 
     Raises:
@@ -86,10 +86,10 @@ class ClassFolderData(pl.LightningDataModule):
         self.on_bad_image = on_bad_image
         if color_jitter < 0:
             raise ValueError(f"data.color_jitter is {color_jitter}, but it is not negative")
-        self.augmentation = timms(
+        self.augmentation = timm_transform(
             image_size, is_training=True, scale=crop_scale, hflip=flip, color_jitter=color_jitter, auto_augment=auto_augment
         )
-        self.evaluation = timms(image_size, is_training=False, crop_pct=crop_pct)
+        self.evaluation = timm_transform(image_size, is_training=False, crop_pct=crop_pct)
 
     @property
     def classes(self) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import load_strictly, read_state_dict
+from unimim.backbones import load_strictly, own_seed, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 STRIDE = 8
@@ -40,8 +40,7 @@ class DVAETarget(TargetGenerator):
         check_positive("DVAETarget", width=width, codes=codes)
         if width % 4:
             raise ValueError(f"DVAETarget: width is {width}, but it is a multiple of 4")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_seed():
             encoder = dvae_encoder(width, codes)
         if weights != "random":
             load_strictly(encoder, read_state_dict(weights), weights)

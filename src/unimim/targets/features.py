@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import check_name, create_backbone, description, load_strictly, read_file, state_dict_in
+from unimim.backbones import check_name, create_backbone, description, load_strictly, own_seed, read_file, state_dict_in
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
 from unimim.positions import resized_positions
 
@@ -73,8 +73,7 @@ class FeatureTarget(TargetGenerator):
             model_args = {"num_classes": 0, "global_pool": "", **pretrained["model_args"], **(model_args or {})}
             mean, std = mean or pretrained["mean"], std or pretrained["std"]
         if self.is_timm:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with own_seed():
                 module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
@@ -100,6 +99,7 @@ class FeatureTarget(TargetGenerator):
         self.resized = False
         self._looked: tuple[Tensor, int, Grid, Tensor] | None = None
         self._recorded: list[Tensor] | None = None
+        self._is_hooked = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -132,8 +132,9 @@ class FeatureTarget(TargetGenerator):
         if not isinstance(network, VisionTransformer) or network.cls_token is None:
             raise ValueError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
         attn: Any = network.blocks[self.layer].attn
-        if not attn.qkv._forward_hooks:  # once: a hook that comes and goes breaks a compiled graph
+        if not self._is_hooked:  # once: a hook that comes and goes breaks a compiled graph
             attn.qkv.register_forward_hook(self._record)
+            self._is_hooked = True
         self._recorded = []
         try:
             self._looked = (images, images._version, grid_size, self.look(images, grid_size))

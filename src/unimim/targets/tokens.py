@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import create_backbone, load_strictly, read_file, read_state_dict
+from unimim.backbones import create_backbone, load_strictly, own_seed, read_file, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 ROWS_AT_ONCE = 8192
@@ -149,8 +149,7 @@ class VQKDTarget(TargetGenerator):
                 "the recipe (--random_weights); CodebookTarget fits a tokenizer of your own"
             )
         check_positive("VQKDTarget", codes=codes, code_dim=code_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_seed():
             tokenizer = VQKD(codes, code_dim, model_args or {})
         if weights != "random":
             aside = ("decoder.", "decode_task_layer.", "quantize.", "teacher", "scaling", "loss")
