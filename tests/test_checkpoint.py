@@ -445,18 +445,17 @@ def test_exported_files_load_strictly_in_timm(tmp_path: Path, kind: str, ending:
 
 
 def test_the_card_of_an_export(tmp_path: Path) -> None:
-    monitored = {"monitor": "val/acc1", "current_score": torch.tensor(0.5), "best_model_score": torch.tensor(0.75)}
-    path, _ = saved(tmp_path / "vit.ckpt", *TINY["vit"], callbacks={"ModelCheckpoint{}": monitored}, global_step=7,
+    path, _ = saved(tmp_path / "vit.ckpt", *TINY["vit"], metrics={"val/acc1": 0.75}, global_step=7,
                     hyper_parameters={"_instantiator": "x", "lr": 0.25, "masking": {"class_path": "unimim.BlockMasking",
-                    "init_args": {"ratio": 0.4}}}, datamodule_hyper_parameters={"root": "photos"})  # fmt: skip
+                    "init_args": {"ratio": 0.4}}}, datamodule_hyper_parameters={"root": "/me/photos", "flip": 0.5})  # fmt: skip
     card = Path(f"{export(path, tmp_path / 'vit.pth')}.md").read_text()
     for line in (
         "vit_tiny_patch16_224, exported by unimim from vit.ckpt.",
         "Pixels in [0, 1] are normalized by mean = (0.4, 0.5, 0.6), std = (0.2, 0.3, 0.4).",
         "## Recipe\n\n- masking: unimim.BlockMasking(ratio=0.4)\n- lr: 0.25\n",
-        "## Data\n\n- root: photos\n",
+        "## Data\n\n- root: photos\n- flip: 0.5\n",
         "- global_step: 7\n",
-        "- val/acc1: 0.5 (best 0.75)\n",
+        "## Metrics\n\n- val/acc1: 0.75\n",
         "- student.mean and 1 more: pixel statistics, which pretrained_cfg has\n",
         "- head.linear.weight: a head beside the encoder\n",
     ):

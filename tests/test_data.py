@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 
-from unimim import FashionMNISTData, ImageFolderData
+from unimim import ClassFolderData, FashionMNISTData, ImageFolderData
 from unimim.data import fashion_mnist
 from unimim.data.folder import ImageFiles, read_image
 
@@ -189,6 +190,27 @@ def test_fashion_mnist_comes_flipped_half_of_the_time(tmp_path: Path) -> None:
     lit_left = batches[:, 0, 16, 11] > 0
     assert not (lit_left & lit_right).any()
     assert 70 < lit_right.sum() < 130  # of 190 that are lit at all
+
+
+def test_two_processes_validate_every_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine each: a sampler that fills up the second share would repeat one."""
+    write_idx(tmp_path / "debian" / fashion_mnist.DEBIAN_FOLDER, 40)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: 2)
+    garments = fashion(tmp_path, labelled=True, val_images=9)
+    for split, count in (("train", 3), ("val", 9)):
+        for i in range(count):
+            save(tmp_path / "folder" / split / "a" / f"{i}.png", value=25 * i)
+    folders = ClassFolderData(str(tmp_path / "folder"), image_size=16, batch_size=3, num_workers=0)
+    folders.setup("validate")
+    for data in (garments, folders):
+        seen = []
+        for rank in range(2):
+            monkeypatch.setattr(distributed, "get_rank", lambda group=None, rank=rank: rank)
+            seen += [image for images, _ in data.val_dataloader() for image in images]
+        expected = [image for images, _ in data.labelled_dataloader("val") for image in images]
+        assert len(seen) == len(expected) == 9
+        assert all(any(torch.equal(image, other) for other in seen) for image in expected)
 
 
 def test_fashion_mnist_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ import csv
 import math
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -310,6 +313,11 @@ def test_another_batch_than_the_recipes_is_told_or_scaled(caplog: pytest.LogCapt
         fitted(tiny(lr=1e-2, recipe_batch=16, warmup_epochs=0, scale_lr=True), Batches(), spy)
     assert "4 images a step, the recipe has 16: lr 0.01 becomes 0.0025" in caplog.text
     assert max(spy.rates[0].values()) == pytest.approx(2.5e-3)
+    spy = Spy()  # all of the schedule
+    lrs = {"lr": 1e-2, "warmup_epochs": 1, "warmup_lr": 4e-3, "min_lr": 8e-3}
+    trainer = fitted(tiny(recipe_batch=16, scale_lr=True, layer_decay=1.0, **lrs), Batches(), spy, max_epochs=2)
+    assert max(spy.rates[0].values()) == pytest.approx(1e-3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2e-3)
     spy = Spy()  # accumulated, 8 images a step
     fitted(tiny(lr=1e-2, recipe_batch=16, warmup_epochs=0, scale_lr=True), Batches(16), spy, accumulate_grad_batches=2)
     assert max(spy.rates[0].values()) == pytest.approx(5e-3)
@@ -592,7 +600,10 @@ def test_finetune_fit(run: Run) -> None:
     metrics = list(csv.DictReader((run.folder / "outputs/finetune/version_0/metrics.csv").open()))
     assert len([row for row in metrics if row["train/loss"]]) == 8
     assert [float(row["val/acc1"]) for row in metrics if row["val/acc1"]][-1] == pytest.approx(run.reported)
-    assert torch.load(run.checkpoint, weights_only=True)["classes"] == CLASSES
+    content = torch.load(run.checkpoint, weights_only=True)
+    assert content["classes"] == CLASSES
+    assert content["metrics"]["val/acc1"] == pytest.approx(run.reported)
+    assert content["datamodule_hyper_parameters"]["image_size"] == 32
 
 
 def test_finetune_validate_repeats_what_training_reported(run: Run) -> None:
@@ -619,6 +630,59 @@ def test_finetune_validate_with_the_runs_own_config(run: Run) -> None:
     config = run.folder / "outputs" / "finetune" / "version_0" / "config.yaml"
     cli = finetune(["validate", f"--config={config}", f"--ckpt_path={run.checkpoint}"])
     assert float(cli.trainer.callback_metrics["val/acc1"]) == pytest.approx(run.reported)
+
+
+def test_finetune_validate_on_other_classes_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["another", *CLASSES[1:]]
+    words = words_for(class_folders(tmp_path / "data", names, train=1, val=1))
+    line = mistake(capsys, "finetune", "validate", f"--ckpt_path={run.checkpoint}", *words)
+    labels = sorted(names)
+    first = next(label for label, (ours, theirs) in enumerate(zip(labels, CLASSES, strict=True)) if ours != theirs)
+    assert f"class {first} of the data is {labels[first]!r}, of the checkpoint {CLASSES[first]!r}" in line
+
+
+TWO_PROCESSES = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def unimim(folder: Path, *words: str) -> str:
+    """What a command says, run by itself; it has to end well."""
+    command = [sys.executable, "-m", "unimim", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one_does(run: Run, tmp_path: Path) -> None:
+    """17 images: a sampler that fills up the second process's share would count one twice."""
+    data = tmp_path / "data"
+    shutil.copytree(run.data, data)
+    next(data.glob("val/*/0.jpg")).unlink()
+    words = ["finetune", "validate", f"--ckpt_path={run.checkpoint}", *words_for(data), "--data.batch_size=4"]
+    one, two = ({*re.findall(r"val/acc\d.+?(0\.\d+)", unimim(tmp_path, *words, *more))} for more in ([], TWO_PROCESSES))
+    assert len(one) == 2
+    assert one == two
+
+
+@pytest.mark.slow
+def test_predict_is_one_process_whatever_is_asked(run: Run, tmp_path: Path) -> None:
+    photos = photo_folder(tmp_path / "photos")
+    words = ["finetune", "predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), *TWO_PROCESSES, "--output=a.csv"]
+    assert "10 files: a.csv" in unimim(tmp_path, *words)
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["file"] for row in rows] == [str(file) for file in sorted(photos.rglob("*.png"))]
+
+
+def test_finetune_predict_of_the_first_batches(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from unimim.commands import finetune
+
+    photos, output = photo_folder(tmp_path / "photos"), tmp_path / "predicted.csv"
+    words = ["predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), "--data.batch_size=4", f"--output={output}"]
+    finetune([*words, "--trainer.limit_predict_batches=2"])
+    assert f"8 files: {output}" in capsys.readouterr().out
+    rows = list(csv.DictReader(output.open()))
+    assert [row["file"] for row in rows] == [str(file) for file in sorted(photos.rglob("*.png"))[:8]]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["predicted.csv"]
 
 
 def photo_folder(root: Path) -> Path:
@@ -710,6 +774,10 @@ def test_export_for_timm(run: Run, tmp_path: Path, to: str, name: str) -> None:
     assert "0.4, 0.5, 0.6" in card
     with pytest.raises(SystemExit, match=r"^unimim: error: .* exists and is not overwritten"):
         main(["export", f"--checkpoint={run.checkpoint}", f"--output={tmp_path / name}", f"--to={to}"])
+    shutil.copy(run.checkpoint, tmp_path / "last.ckpt")  # the short way: beside the checkpoint
+    main(["export", str(tmp_path / "last.ckpt"), "--to", to])
+    beside = timm.create_model(VIT, checkpoint_path=str((tmp_path / "last").with_suffix(Path(name).suffix)), **arguments)
+    assert torch.equal(beside.eval()(pixels), exported(pixels))
 
 
 @pytest.mark.parametrize("kind", ["LinearProbe", "AttentiveProbe"])
@@ -734,6 +802,20 @@ def test_probe_fit_and_validate_with_a_checkpoint_of_pretraining(
     again = probe(["validate", *model, *words_for(run.data), f"--ckpt_path={checkpoint}"])
     for name in ("val/acc1", "val/acc1_lr_0.01", "val/acc1_lr_0.1", "val/best_lr"):
         assert float(again.trainer.callback_metrics[name]) == pytest.approx(float(cli.trainer.callback_metrics[name]))
+    other = "AttentiveProbe" if kind == "LinearProbe" else "LinearProbe"
+    validate = ["probe", "validate", *words_for(run.data)]
+    assert "a probe with lrs [0.01, 0.1], this one has lrs [0.1]" in mistake(
+        capsys, *validate, *model, "--model.lrs=[0.1]", f"--ckpt_path={checkpoint}"
+    )
+    heads = ["--model.num_heads=2"] if other == "AttentiveProbe" else []
+    options = ["--model.num_classes=6", f"--model.backbone={run.encoder}", "--model.lrs=[0.01, 0.1]", *heads]
+    assert f"a probe with kind {kind}, this one has kind {other}" in mistake(
+        capsys, *validate, f"--model={other}", *options, f"--ckpt_path={checkpoint}"
+    )
+    assert "the checkpoint's probe was trained on another backbone" in mistake(
+        capsys, *validate, *model, f"--model.backbone={run.checkpoint}", f"--ckpt_path={checkpoint}"
+    )
+    assert "not one of a probe" in mistake(capsys, *validate, *model, f"--ckpt_path={run.encoder}")
 
 
 # Mistakes on the command line
@@ -828,15 +910,19 @@ def test_mistakes_in_finetune_are_one_line(
         (["knn", "--checkpoint=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["knn"], "checkpoint is missing: give --checkpoint"),
         (["knn", "--checkpoint=ENCODER", "--k=0"], "asks 0 neighbours"),
-        (["knn", "--checkpoint=ENCODER", "--k=3", "--device=tpu"], "device"),
+        (
+            ["knn", "--checkpoint=ENCODER", "--k=3", "--device=cdua"],
+            "device: 'cdua' is none of cpu, cuda, mps. Did you mean 'c",
+        ),
         (["knn", "--checkpoint=ENCODER", "--k=99"], "asks 99 neighbours, but only 24 images"),
         (["knn", "--checkpoint=ENCODER", "--faeture=cls"], "there is no option --faeture. Did you mean '--feature'?"),
         (["knn", "--checkpoint=ENCODER", "--k=3", "--data.image_size=48"], "images are 48x48 pixels"),
         (["knn", "--checkpoint=ENCODER", "--k=3", "--data.root=nowhere"], "nowhere"),
         (["export", "--checkpoint=nowhere.ckpt", "--output=a.pth"], "there is no file nowhere.ckpt"),
         (["export", "--checkpoint=ENCODER", "--output=a.txt"], "from a file that ends in .pth or .pt"),
-        (["export", "--checkpoint=ENCODER"], "output is missing: give --output"),
-        (["export", "--checkpoint=ENCODER", "--output=a.pth", "--to=onnx"], "to"),
+        (["export"], "checkpoint is missing: give --checkpoint"),
+        (["export", "nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["export", "ENCODER", "--output=a.pth", "--to=onnx"], "to: 'onnx' is none of timm, safetensors"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -854,6 +940,13 @@ def test_mistakes_in_probe_knn_and_export_are_one_line(
     given = [word for word in given if not word.startswith("--trainer") or words[0] == "probe"]
     command = words[:2] if words[0] == "probe" else words[:1]
     assert expected in mistake(capsys, *command, *given, *words[len(command) :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is about a machine without a GPU")
+def test_knn_on_a_device_that_is_not_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [word for word in words_for(run.data) if word.startswith("--data")]
+    line = mistake(capsys, "knn", str(run.encoder), *data, "--device=cuda")
+    assert line == "unimim: error: device is cuda, but torch finds none here: give --device cpu"
 
 
 # conf/finetune and conf/probe

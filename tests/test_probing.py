@@ -4,6 +4,7 @@ import copy
 import math
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -491,6 +492,11 @@ def test_probes_refuse_what_they_cannot_do() -> None:
             LinearProbe(tiny_backbone(kind), 3, feature="cls")
     with pytest.raises(ValueError, match="num_heads 7 does not divide the backbone's 24 channels"):
         AttentiveProbe(tiny_backbone(), 3, num_heads=7)
+    trainer = SimpleNamespace(precision="16-mixed", datamodule=None)  # on a CPU, Lightning makes it bf16
+    probe = LinearProbe(tiny_backbone(), 3, (0.1, 0.2))
+    probe._trainer = trainer
+    with pytest.raises(ValueError, match="16-mixed skips a step for all rates when one overflows"):
+        probe.setup("fit")
     convolutional = create_backbone("convnext_atto", {"num_classes": 0})
     with pytest.raises(ValueError, match=r"ConvNeXt gives no tokens of 320 channels, but \(2, 320, 1, 1\)"):
         LinearProbe(convolutional, 3)(torch.rand(2, 3, 32, 32))

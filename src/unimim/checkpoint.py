@@ -377,13 +377,10 @@ def model_card(content: dict[str, Any], report: LoadReport, destination: Path) -
     call = "".join(f", {key}={value!r}" for key, value in arguments.items())
     statistics = (f"{key} = {tuple(round(number, 4) for number in report.backbone[key])}" for key in ("mean", "std"))
     recipe = {key: value for key, value in content.get("hyper_parameters", {}).items() if not key.startswith("_")}
-    data = content.get("datamodule_hyper_parameters", {})
+    data = {key: value for key, value in content.get("datamodule_hyper_parameters", {}).items() if not key.startswith("_")}
+    data |= {"root": Path(data["root"]).name} if "root" in data else {}  # the rest of the path is nobody's business
     training = {key: content[key] for key in ("epoch", "global_step") if key in content}
-    metrics = {
-        state["monitor"]: f"{float(state['current_score']):.4g} (best {float(state['best_model_score']):.4g})"
-        for state in content.get("callbacks", {}).values()
-        if isinstance(state, dict) and state.get("monitor") and state.get("current_score") is not None
-    }
+    metrics = {name: f"{value:.4g}" for name, value in content.get("metrics", {}).items()}
     sections = {
         "Recipe": {letter: recipe[letter] for letter in sorted(recipe, key=lambda key: not isinstance(recipe[key], dict))},
         "Data": data,

@@ -86,7 +86,12 @@ def knn_accuracy(
         temperature: of their votes.
         feature: the mean of the patch tokens, or the CLS token.
         device: where the backbone runs.
+
+    Raises:
+        ValueError: there is no such device here; and as `load_backbone`.
     """
+    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
+        raise ValueError(f"device is {device}, but torch finds none here: give --device cpu")
     data.prepare_data()
     data.setup("validate")
     backbone = load_backbone(checkpoint).to(device)
@@ -99,15 +104,16 @@ def knn_accuracy(
     return reached
 
 
-def export_checkpoint(checkpoint: str, output: str, to: Literal["timm", "safetensors"] = "timm") -> Path:
+def export_checkpoint(checkpoint: str, output: str | None = None, to: Literal["timm", "safetensors"] = "timm") -> Path:
     """Writes the backbone in a checkpoint as a file that timm loads strictly, and a model card beside it.
 
     Args:
         checkpoint: of pretraining or fine-tuning.
-        output: the file to write; it must not exist.
+        output: the file to write, which must not exist; beside the checkpoint, if not given.
         to: timm (a file of torch.save) or safetensors.
     """
-    written = export_backbone(checkpoint, output, to)
+    ending = ".pth" if to == "timm" else ".safetensors"
+    written = export_backbone(checkpoint, output or Path(checkpoint).with_suffix(ending), to)
     print(f"{written}, and {written}.md")
     return written
 
@@ -288,8 +294,9 @@ class FinetuneCLI(TaskCLI):
         """Writes the predictions."""
         output = Path(self.config.predict.output)
         images = self.datamodule.splits["predict"]
-        self.model.write_predictions(images.files, self.trainer.predict_loop.predictions, output, images.unreadable.tolist())
-        print_once(f"{len(images.files) - int(images.unreadable.sum())} files: {output}")
+        predictions = self.trainer.predict_loop.predictions
+        written = self.model.write_predictions(images.files, predictions, output, images.unreadable.tolist())
+        print_once(f"{written} files: {output}")
 
 
 class ProbeCLI(TaskCLI):
@@ -303,10 +310,12 @@ class ProbeCLI(TaskCLI):
 
 
 def run_function(function: Callable[..., Result], prog: str, args: list[str]) -> Result:
-    """A command that is one function: its parameters are the options."""
+    """A command that is one function: its parameters are the options, and the first word may be the checkpoint."""
     parser = Parser(prog=prog, description=(function.__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action="config", help="a yaml with any of the options")
     parser.add_function_arguments(function, as_group=False, sub_configs=True)
+    if args and not args[0].startswith("-"):
+        args = ["--checkpoint", *args]
     options = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     options.pop("config")
     return function(**options)
@@ -360,6 +369,9 @@ class Parser(LightningArgumentParser):
             return f"{name} is missing: give --{name}, or a --config that has it"
         if "is abstract" in reason and (known := names_for(keys[-1] if keys else "")):
             return f"{field}: give one of {', '.join(known)}"
+        if found := re.search(r"Expected a typing.Literal\[(.+)\]\. Got value: (.+)", reason):
+            known = re.findall(r"'([^']+)'", found[1])
+            return f"{field}: {found[2]!r} is none of {', '.join(known)}.{closest(found[2], known)}"
         kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
         if len(kinds) > 1 and (found := re.search(r"Given value: (.+)", message)):
             return f"{field}: expected {' or '.join(kinds)}, got {found[1]}"

@@ -31,7 +31,7 @@ class FineTuning(pl.LightningModule):
         lr: peak learning rate of the head, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-4 at 1024).
         recipe_batch: the images of a step for which `lr` is meant; another batch is told, with the lr that would fit. None
             is silent.
-        scale_lr: take that lr: `lr * batch / recipe_batch`.
+        scale_lr: take that lr, `lr * batch / recipe_batch`; warmup_lr and min_lr follow.
         layer_decay: factor on the learning rate from each block to the one below (BEiT v2, ViT-B: 0.65).
         betas, weight_decay: AdamW's.
         warmup_epochs: epochs (or a part of one) of linear warm-up from `warmup_lr`.
@@ -109,7 +109,7 @@ class FineTuning(pl.LightningModule):
             raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
         config = self.backbone.pretrained_cfg
         self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
-        self.peak_lr = lr
+        self.lr_scale = 1.0
         self.betas, self.weight_decay = betas, weight_decay
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
         report = getattr(self.backbone, "load_report", None)
@@ -179,9 +179,10 @@ class FineTuning(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW in groups by layer, with warm-up and cosine per step."""
-        groups = layer_decay_groups(self.backbone, self.peak_lr, self.weight_decay, self.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
-        return schedule(optimizer, self.trainer, self.warmup_epochs, self.warmup_lr, self.min_lr)
+        lr, warmup_lr, min_lr = (self.lr_scale * rate for rate in (self.lr, self.warmup_lr, self.min_lr))
+        groups = layer_decay_groups(self.backbone, lr, self.weight_decay, self.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=self.betas)
+        return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.
@@ -211,7 +212,7 @@ class FineTuning(pl.LightningModule):
             fitting = self.lr * total / self.recipe_batch
             if self.scale_lr:
                 rank_zero_info(f"{total} images a step, the recipe has {self.recipe_batch}: lr {self.lr:g} becomes {fitting:g}")
-                self.peak_lr = fitting
+                self.lr_scale = total / self.recipe_batch
             else:
                 rank_zero_warn(
                     f"{total} images a step, but lr {self.lr:g} is meant for {self.recipe_batch}: {fitting:g} would fit "
@@ -227,7 +228,7 @@ class FineTuning(pl.LightningModule):
     # What it keeps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs to know, and the names of the classes."""
+        """Adds what `load_backbone` needs to know, the names of the classes, and the metrics as last measured."""
         report = getattr(self.backbone, "load_report", None)
         if report is not None:
             checkpoint["backbone"] = report.backbone
@@ -240,6 +241,7 @@ class FineTuning(pl.LightningModule):
             }
         checkpoint["classes"] = self.classes
         checkpoint["pretrained_from"] = self.checkpoint
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
@@ -256,17 +258,25 @@ class FineTuning(pl.LightningModule):
 
     def write_predictions(
         self, files: list[Path], batches: list[tuple[Tensor, Tensor]], destination: Path, unreadable: list[bool]
-    ) -> None:
-        """A CSV of file, and label and probability of the five likeliest classes, one readable file a row."""
+    ) -> int:
+        """A CSV of file, and label and probability of the five likeliest classes, one readable file a row; returns the rows.
+
+        Of fewer batches than there are files (`--trainer.limit_predict_batches`), it has the first files.
+        """
+        written = 0
         places = range(1, batches[0][0].shape[1] + 1)
         header = ["file", *(f"{what}_{place}" for place in places for what in ("label", "probability"))]
-        with destination.open("w", newline="") as opened:
+        part = destination.with_name(f"{destination.name}.part")  # whoever looks sees the whole table or none
+        with part.open("w", newline="") as opened:
             writer = csv.writer(opened)
             writer.writerow(header)
             rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)
-            for file, skipped, (probabilities, labels) in zip(files, unreadable, rows, strict=True):
+            for file, skipped, (probabilities, labels) in zip(files, unreadable, rows, strict=False):
                 if skipped:
                     continue
                 names = [self.classes[label] if self.classes else str(label) for label in labels]
                 pairs = [value for name, p in zip(names, probabilities, strict=True) for value in (name, f"{p:.6f}")]
                 writer.writerow([str(file), *pairs])
+                written += 1
+        part.replace(destination)
+        return written

@@ -275,9 +275,10 @@ class MaskedImageModeling(pl.LightningModule):
             self.check_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs to know; a model that diverged is not saved."""
+        """Adds what `load_backbone` needs to know, and the metrics as last measured; a model that diverged is not saved."""
         self.check_finite()
         checkpoint["backbone"] = describe_backbone(self.student)
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def on_train_end(self) -> None:
         self.check_finite()

@@ -1,8 +1,10 @@
 """What a frozen encoder knows: k-NN, linear and attentive probes on its patch tokens."""
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -263,7 +265,8 @@ class Probe(pl.LightningModule, ABC):
     The sweep over rates is DINOv2's protocol (Oquab et al., 2023). Rates rise linearly over `warmup_epochs` and then follow a
     cosine to 0, per step.
 
-    The backbone stays in eval mode and gets no gradient; it is in no checkpoint, so the same has to be given to load one.
+    The backbone stays in eval mode and gets no gradient. It is in no checkpoint, so the same has to be given to load one; a
+    checkpoint knows its backbone by a digest of the weights.
 
     Logs `train/loss` (the lowest of the heads), `val/acc1` (the highest) and `val/best_lr` (its rate), and for each rate
     `train/loss_lr_RATE` and `val/acc1_lr_RATE`. When training ends, the accuracies are printed as a table.
@@ -306,9 +309,14 @@ class Probe(pl.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """
         Raises:
-            ValueError: the data has no labels, or another number of classes.
+            ValueError: the data has no labels, or another number of classes; several rates in fp16.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.precision == "16-mixed" and len(self.lrs) > 1:
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} skips a step for all rates when one overflows, so none would be "
+                f"independent of the others: use bf16-mixed or 32-true, or one rate"
+            )
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         classes = len(getattr(data, "classes", []))
@@ -390,6 +398,35 @@ class Probe(pl.LightningModule, ABC):
                 nn.utils.clip_grad_value_(head.parameters(), gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(head.parameters(), gradient_clip_val)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the frozen weights, which tells one backbone from another."""
+        sha = hashlib.sha256()
+        for name, weight in sorted(self.backbone.network.state_dict().items()):
+            sha.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what tells this probe from others."""
+        checkpoint["probe"] = {"kind": type(self).__name__, "lrs": list(self.lrs), "num_classes": self.num_classes}
+        checkpoint["probe_backbone"] = self.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone.
+        """
+        ours: dict[str, Any] = {}
+        self.on_save_checkpoint(ours)
+        if "probe" not in checkpoint:
+            raise ValueError("the checkpoint is not one of a probe (one of pretraining is given as --model.backbone)")
+        if differing := [key for key, value in ours["probe"].items() if checkpoint["probe"].get(key) != value]:
+            theirs = ", ".join(f"{key} {checkpoint['probe'].get(key)}" for key in differing)
+            mine = ", ".join(f"{key} {ours['probe'][key]}" for key in differing)
+            raise ValueError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
+        if checkpoint["probe_backbone"] != self.digest:
+            raise ValueError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
         self.backbone.network._apply(fn)

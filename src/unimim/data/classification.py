@@ -5,14 +5,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_warn
 from timm.data import create_transform
-from torch import distributed
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from unimim.data.folder import ImageFiles, OnBadImage, class_folders, image_files
+from unimim.data.folder import ImageFiles, OnBadImage, class_folders, each_once, image_files
 
 
 def timm_transform(image_size: int, **options: Any) -> Any:
@@ -68,6 +66,7 @@ class ClassFolderData(pl.LightningDataModule):
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         low, high = crop_scale
         if min(image_size, batch_size) < 1 or num_workers < 0 or (labels_per_class is not None and labels_per_class < 1):
             raise ValueError(
@@ -150,10 +149,7 @@ class ClassFolderData(pl.LightningDataModule):
         return self._loader("train", shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self._loader("val")
-        # Lightning's own sampler would count some images twice, to give each process as many.
-        return self._loader("val", sampler=UnrepeatedDistributedSampler(self.splits["val"], shuffle=False))
+        return self._loader("val", sampler=each_once(self.splits["val"]))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
+from unimim.data.folder import each_once
+
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
@@ -56,6 +58,7 @@ class FashionMNISTData(pl.LightningDataModule):
         labelled: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         if train_images + val_images > 60_000:
             raise ValueError(f"data.train_images {train_images} + data.val_images {val_images} exceed the 60,000 there are")
         if train_images < batch_size:
@@ -87,7 +90,10 @@ class FashionMNISTData(pl.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation split where there are labels, else none."""
-        return self.labelled_dataloader("val") if self.labelled else []
+        if not self.labelled:
+            return []
+        every_image = self.labelled_dataloader("val").dataset
+        return DataLoader(every_image, 500, sampler=each_once(every_image), num_workers=self.num_workers)
 
     def labelled_dataloader(self, split: Literal["train", "val", "test"], count: int | None = None) -> DataLoader[Any]:
         """Batches of (images [b 3 H W] in [0, 1], labels [b]), not flipped, in a fixed order; the first `count`."""

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
@@ -59,6 +60,7 @@ class ImageFolderData(pl.LightningDataModule):
         on_bad_image: OnBadImage = "error",
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         low, high = crop_scale
         if min(batch_size, *((image_size,) if isinstance(image_size, int) else image_size)) < 1 or num_workers < 0:
             raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
@@ -222,6 +224,12 @@ def image_files(root: Path) -> list[Path]:
 def class_folders(root: Path) -> list[str]:
     """Names of the folders in `root`, in order."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+
+
+def each_once(images: Any) -> UnrepeatedDistributedSampler | None:
+    """The sampler of a process by which several see every image once, and Lightning's would repeat some; None in one."""
+    several = distributed.is_available() and distributed.is_initialized()
+    return UnrepeatedDistributedSampler(images, shuffle=False) if several else None
 
 
 def to_pixels() -> list[Any]:
