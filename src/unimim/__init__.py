@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from unimim.targets.pixels import PixelTarget as PixelTarget
     from unimim.targets.tokens import CodebookTarget as CodebookTarget
     from unimim.targets.tokens import VQKDTarget as VQKDTarget
+    from unimim.upernet import FCNHead as FCNHead
+    from unimim.upernet import FeaturePyramid as FeaturePyramid
+    from unimim.upernet import UperNetHead as UperNetHead
 
 MODULE_OF = {
     "AttentiveMasking": "masking",
@@ -64,7 +67,9 @@ MODULE_OF = {
     "EMAHeadTarget": "targets.ema",
     "EMATarget": "targets.ema",
     "EfficientNetLite0": "efficientnet_lite",
+    "FCNHead": "upernet",
     "FashionMNISTData": "data.fashion_mnist",
+    "FeaturePyramid": "upernet",
     "FeatureTarget": "targets.features",
     "FineTuning": "finetuning",
     "Frozen": "interfaces",
@@ -90,6 +95,7 @@ MODULE_OF = {
     "SoftCrossEntropyLoss": "losses",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
+    "UperNetHead": "upernet",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
     "export": "checkpoint",
