@@ -4,6 +4,7 @@ The layout is mmsegmentation's, which the MaskDistill paper's ADE20K protocol (B
 plain; Lightning's `Trainer(sync_batchnorm=True)` synchronises them under several GPUs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from torchvision.ops import Conv2dNormActivation
 
 from unimim.backbones import check_image_size
 
-LEVELS = 4
+STRIDES = (4, 8, 16, 32)
+"""Pixels between neighbours in each level of the pyramid."""
+LEVELS = len(STRIDES)
 POOLS = (1, 2, 3, 6)
 """Bins a side of UperNet's pyramid pooling."""
 
 
 class FeaturePyramid(nn.Module):
-    """Four maps of features, each half as fine as the one before: at strides 4, 8, 16 and 32 pixels.
+    """Four maps of features, each half as fine as the one before: at strides of 4, 8, 16 and 32 pixels.
 
     A backbone with one stride (ViT, BEiT, EVA) gives the tokens of four of its blocks, neither normalized nor with their
-    CLS and register tokens. As in BEiT v2's segmentation code, the first is enlarged 4 times by two transposed convolutions,
-    the second 2 times by one, the third stays and the fourth is pooled to half. The strides are then a quarter, a half, one
-    and two patches: 4, 8, 16, 32 for patches of 16 pixels, and 3.5, 7, 14, 28 for patches of 14.
+    CLS and register tokens. Transposed convolutions double their grid, max pooling halves it. As in BEiT v2's segmentation
+    code, a grid of 16 px patches is enlarged 4 times by two of them for the first level, 2 times by one for the second, kept
+    for the third and halved for the fourth; one of 8 px patches is enlarged 2 times, kept, halved and quartered. Patches of
+    14 pixels count as 16: the strides are then 3.5, 7, 14 and 28.
 
     A hierarchical backbone gives its last four stages. Where it is made of layer norms (Swin, ConvNeXt; not ResNet), each
     has a layer norm of its own behind it, as in Swin's and ConvNeXt's segmentation code.
@@ -56,51 +60,47 @@ class FeaturePyramid(nn.Module):
         features = list(backbone.feature_info)
         strides = [feature["reduction"] for feature in features]
         one_stride = len(set(strides)) == 1
-        self.indices = four_blocks(len(features), blocks) if one_stride else list(range(len(features)))[-LEVELS:]
-        if not one_stride:
-            taken = [strides[index] for index in self.indices]
-            if taken != [taken[0] * 2**level for level in range(LEVELS)]:
-                raise ValueError(f"{name} has levels at strides {strides}, but a pyramid needs four, each twice the one before")
+        if one_stride:
+            self.indices = four_blocks(len(features), blocks)
+        else:
+            self.indices = last_stages(name, strides)
             if blocks is not None:
                 raise ValueError(f"{name} is hierarchical and gives its last four stages: blocks are for a ViT, BEiT or EVA")
         self.channels: list[int] = [features[index]["num_chs"] for index in self.indices]
-        self.drop_unused()
+        backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        if hasattr(backbone, "head"):
+            backbone.head = nn.Identity()  # timm 1.0.20 leaves the norm of a ConvNeXt's head
         if checkpointing:
             try:
-                self.backbone.set_grad_checkpointing(True)
+                backbone.set_grad_checkpointing(True)
             except (AttributeError, AssertionError) as error:
                 raise ValueError(f"{name} knows no activation checkpointing: set checkpointing to false") from error
-        self.levels = nn.ModuleList(self.rescale() if one_stride else self.normalize())
+        if one_stride:
+            doublings = [round(math.log2(strides[0] / stride)) for stride in STRIDES]
+            self.coarsest = round(strides[0] / 2 ** doublings[-1])
+            self.levels = nn.ModuleList(rescaling(d, times) for d, times in zip(self.channels, doublings, strict=True))
+        else:
+            self.coarsest = strides[-1]
+            self.levels = nn.ModuleList(self.norms())
 
-    def rescale(self) -> list[nn.Module]:
-        """From one patch grid to four: 4 times as fine, 2 times, the same, half."""
-        finest, finer, _, _ = self.channels
-        return [
-            nn.Sequential(enlarge(finest), nn.BatchNorm2d(finest), nn.GELU(), enlarge(finest)),
-            enlarge(finer),
-            nn.Identity(),
-            nn.MaxPool2d(2),
-        ]
-
-    def normalize(self) -> list[nn.Module]:
+    def norms(self) -> list[nn.Module]:
         """Layer norms over the channels, of the backbone's own epsilon; nothing for a backbone without layer norms."""
-        norms = [module for module in self.backbone.modules() if isinstance(module, nn.LayerNorm)]
-        return [LayerNorm2d(d, eps=norms[0].eps) if norms else nn.Identity() for d in self.channels]
-
-    def drop_unused(self) -> None:
-        """Takes from the backbone what no map depends on: under DDP, parameters without gradient are an error."""
-        self.backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        for name in ("norm", "fc_norm", "head"):
-            if hasattr(self.backbone, name):
-                setattr(self.backbone, name, nn.Identity())
+        own = [module for module in self.backbone.modules() if isinstance(module, nn.LayerNorm)]
+        return [LayerNorm2d(d, eps=own[0].eps) if own else nn.Identity() for d in self.channels]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalized images [b 3 H W] -> [b d1 H/4 W/4], [b d2 H/8 W/8], [b d3 H/16 W/16], [b d4 H/32 W/32].
 
         Raises:
-            ValueError: the images are not of the size that the backbone was built for.
+            ValueError: the images are not of the size that the backbone was built for, or smaller than the coarsest stride.
         """
         check_image_size(self.backbone, images)
+        height, width = images.shape[-2:]
+        if min(height, width) < self.coarsest:
+            raise ValueError(
+                f"the images are {height}x{width} pixels, but the pyramid's coarsest stride is {self.coarsest} pixels: "
+                f"take images at least that large"
+            )
         maps = self.backbone.forward_intermediates(images, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
         return [level(features) for level, features in zip(self.levels, maps, strict=True)]
 
@@ -198,9 +198,27 @@ def four_blocks(depth: int, blocks: list[int] | None) -> list[int]:
     return chosen
 
 
-def enlarge(d: int) -> nn.Module:
-    """[b d h w] -> [b d 2h 2w], learned."""
-    return nn.ConvTranspose2d(d, d, kernel_size=2, stride=2)
+def last_stages(name: str, strides: list[int]) -> list[int]:
+    """The last four stages of the hierarchical backbone `name`, checked; `strides` are those of all its stages.
+
+    Raises:
+        ValueError: there are no four, each twice as coarse as the one before.
+    """
+    chosen = list(range(len(strides)))[-LEVELS:]
+    coarseness = [strides[index] for index in chosen]
+    if coarseness != [coarseness[0] * 2**level for level in range(LEVELS)]:
+        raise ValueError(f"{name} has levels at strides {strides}, but a pyramid needs four, each twice the one before")
+    return chosen
+
+
+def rescaling(d: int, doublings: int) -> nn.Module:
+    """[b d h w] -> [b d h' w'], the grid doubled so many times by transposed convolutions, or halved by max pooling."""
+    if doublings <= 0:
+        return nn.MaxPool2d(2**-doublings) if doublings else nn.Identity()
+    steps: list[nn.Module] = [nn.ConvTranspose2d(d, d, kernel_size=2, stride=2)]
+    for _ in range(doublings - 1):
+        steps += [nn.BatchNorm2d(d), nn.GELU(), nn.ConvTranspose2d(d, d, kernel_size=2, stride=2)]
+    return nn.Sequential(*steps)
 
 
 def convolution(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
