@@ -20,6 +20,7 @@ FLOORS = {
     "students": 2,
     "heads": 2,
     "upernet": 2,
+    "overlays": 2,
     "losses": 2,
     "optim": 2,
     "checkpoint": 2,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from unimim.pretraining import MaskedImageModeling as MaskedImageModeling
     from unimim.probing import AttentiveProbe as AttentiveProbe
     from unimim.probing import LinearProbe as LinearProbe
+    from unimim.segmentation import UperNetSegmentation as UperNetSegmentation
     from unimim.students import MaskTokenStudent as MaskTokenStudent
     from unimim.students import VisibleStudent as VisibleStudent
     from unimim.targets.color import MeanColorTarget as MeanColorTarget
@@ -96,6 +97,7 @@ MODULE_OF = {
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
     "UperNetHead": "upernet",
+    "UperNetSegmentation": "segmentation",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
     "export": "checkpoint",
