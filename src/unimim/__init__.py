@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from unimim.data.classification import ClassFolderData as ClassFolderData
     from unimim.data.fashion_mnist import FashionMNISTData as FashionMNISTData
     from unimim.data.folder import ImageFolderData as ImageFolderData
+    from unimim.data.scenes import ScenesData as ScenesData
+    from unimim.data.segmentation import ADE20KData as ADE20KData
+    from unimim.data.segmentation import SegmentationFolderData as SegmentationFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
     from unimim.finetuning import FineTuning as FineTuning
     from unimim.heads import DecoderHead as DecoderHead
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from unimim.upernet import UperNetHead as UperNetHead
 
 MODULE_OF = {
+    "ADE20KData": "data.segmentation",
     "AttentiveMasking": "masking",
     "AttentiveProbe": "probing",
     "BlockMasking": "masking",
@@ -93,6 +97,8 @@ MODULE_OF = {
     "PromptingDecoderHead": "heads",
     "PrototypeHead": "heads",
     "RandomMasking": "masking",
+    "ScenesData": "data.scenes",
+    "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
