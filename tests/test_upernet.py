@@ -223,8 +223,8 @@ def test_backbones_without_four_levels_are_refused() -> None:
         FeaturePyramid(timm.create_model("levit_128s"))
     with pytest.raises(ValueError, match="hierarchical and gives its last four stages: blocks are for a ViT, BEiT or EVA"):
         FeaturePyramid(timm.create_model("resnet18"), blocks=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match="VGG knows no activation checkpointing: set checkpointing to false"):
-        FeaturePyramid(timm.create_model("vgg11_bn"), checkpointing=True)
+    with pytest.raises(ValueError, match="Twins knows no activation checkpointing: set checkpointing to false"):
+        FeaturePyramid(timm.create_model("twins_svt_small", embed_dims=(8, 16, 24, 32)), checkpointing=True)
 
 
 def test_images_of_another_size_are_refused() -> None:

@@ -39,7 +39,7 @@ class FeaturePyramid(nn.Module):
             it would get no gradient. So its weights are loaded before.
         blocks: of a backbone with one stride, the four blocks that are used, from 0. None: the last of the first third, of
             the first half, of the first two thirds and of all blocks, which is BEiT v2's 3, 5, 7, 11 of 12 and
-            7, 11, 15, 23 of 24 (FACTS name none for a ViT-H: 9, 15, 21, 31 of 32).
+            7, 11, 15, 23 of 24, and 9, 15, 21, 31 of a ViT-H's 32 (for which no source is known).
         checkpointing: keep only the input of each block for the backward pass and compute the rest again: less memory, the
             same gradients. (Batch norms within the backbone, as a ResNet's, then see every batch twice.)
 
@@ -227,5 +227,6 @@ def convolution(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
 
 
 def enlarged(features: Tensor, like: Tensor) -> Tensor:
-    """[b c h w] -> [b c h' w'], the size of `like`, bilinear."""
-    return F.interpolate(features, like.shape[-2:], mode="bilinear", align_corners=False)
+    """[b c h w] -> [b c h' w'], the size of `like`, bilinear; of that size as they are."""
+    size = like.shape[-2:]
+    return features if features.shape[-2:] == size else F.interpolate(features, size, mode="bilinear", align_corners=False)
