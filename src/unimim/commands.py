@@ -353,6 +353,8 @@ class SegmentCLI(WholeModelCLI):
     def check_output(self, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             sys.exit(f"unimim: error: output: {output} is no empty folder, and is not overwritten: give another --output")
+        if not output.exists():
+            super().check_output(output)
 
     def before_predict(self) -> None:
         super().before_predict()
