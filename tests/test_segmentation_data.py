@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
-from torch import Tensor
+from torch import Tensor, distributed
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -200,10 +201,9 @@ def test_the_75_percent_rule(columns: list[tuple[int, int]], varied: bool) -> No
 
 
 def test_the_crop_is_drawn_anew_as_often_as_the_closed_form_says() -> None:
-    """Classes 0 and 1 meet at column 32 of 64: a 16-wide crop at `left` has max(s, 1-s) below 3/4 for 25 <= left <= 39 - 16.
+    """Classes 0 and 1 meet at column 32 of 64, so of a 16 wide crop at `left`, 0 to 48, class 0 has 32 - left columns.
 
-    With left of 0 to 48 and the border at 32, class 0 has 32 - left of the 16 columns: between 4 and 12, both excluded, that
-    is 7 of 49 crops. Each draw is good with p = 1/7, so eleven draws all fail with (6/7)^11 = 0.183.
+    More than 4 and fewer than 12 they are at 7 of the 49 places. Eleven draws all fail with probability (6/7)^11 = 0.183.
     """
     label = np.zeros((16, 64), dtype=int)
     label[:, 32:] = 1
@@ -378,6 +378,20 @@ def test_workers_give_the_same_validation(tmp_path: Path) -> None:
     for (images, labels), (others, other_labels) in zip(alone.val_dataloader(), by_workers.val_dataloader(), strict=True):
         assert torch.equal(images, others)
         assert torch.equal(labels, other_labels)
+
+
+def test_under_several_processes_no_image_is_validated_twice(tmp_path: Path) -> None:
+    data = data_of(folder(tmp_path, val=3))
+    data.setup("validate")
+    assert not isinstance(data.val_dataloader().sampler, UnrepeatedDistributedSampler)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sampler = data.val_dataloader().sampler
+    finally:
+        distributed.destroy_process_group()
+    assert isinstance(sampler, UnrepeatedDistributedSampler)
+    assert list(sampler) == [0, 1, 2]
 
 
 # Names and values
