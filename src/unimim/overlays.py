@@ -8,23 +8,27 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 LEVELS = 8
-"""Of red, green and blue: the 512 colours that are chosen from."""
+"""Of red, green and blue: the colours that are chosen from."""
+DARK = 0.4
+"""OKLab's lightness, from 0 to 1, below which a colour is dark."""
 
 
 def palette(count: int) -> Tensor:
     """Colours uint8 [count 3], each as far as can be from all before it, the first a grey; the same on every call.
 
-    Distances are Euclidean in OKLab (Ottosson, 2020), in which they are about as large as they look.
+    Distances are Euclidean in OKLab (Ottosson, 2020), in which they are about as large as they look. Dark colours, which would
+    not show on a dark photo, are none of them.
 
     Raises:
         ValueError: there are not so many colours.
     """
-    if not 0 < count <= LEVELS**3:
-        raise ValueError(f"there are colours for 1 to {LEVELS**3} classes, not for {count}")
     side = torch.linspace(0, 1, LEVELS)
     colors = torch.cartesian_prod(side, side, side)
+    colors = colors[oklab(colors)[:, 0] > DARK]
+    if not 0 < count <= len(colors):
+        raise ValueError(f"there are colours for 1 to {len(colors)} classes, not for {count}")
     places = oklab(colors)
-    chosen = [len(colors) * 3 // 7]  # the darker of the two middle greys
+    chosen = [int((colors - side[LEVELS // 2]).norm(dim=1).argmin())]
     distance = (places - places[chosen[0]]).norm(dim=1)
     while len(chosen) < count:
         chosen.append(int(distance.argmax()))

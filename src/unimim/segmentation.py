@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from unimim.backbones import create_backbone
-from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.interfaces import IGNORED, Grid
 from unimim.optim import fitting_lr, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
@@ -203,16 +203,14 @@ class UperNetSegmentation(pl.LightningModule):
         if self.scales == (1.0,) and not self.flip:
             return self.infer(images)
         size = pair(images.shape[-2:])
-        total: Tensor | None = None
+        total = images.new_zeros((len(images), self.num_classes, *size), dtype=torch.float32)
         for scale in self.scales:
-            seen = images if scale == 1 else resized(images, (round(size[0] * scale), round(size[1] * scale)))
+            seen = images if scale == 1 else rescaled(images, (round(size[0] * scale), round(size[1] * scale)))
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self.infer(seen.flip(-1) if mirrored else seen)
                 probabilities = enlarged(logits, size).softmax(1)
-                probabilities = probabilities.flip(-1) if mirrored else probabilities
-                total = probabilities if total is None else total.add_(probabilities)
-        assert total is not None
-        mean = total / (len(self.scales) * (2 if self.flip else 1))
+                total += probabilities.flip(-1) if mirrored else probabilities
+        mean = total.div_(len(self.scales) * (2 if self.flip else 1))
         return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_()
 
     def infer(self, images: Tensor) -> Tensor:
@@ -325,12 +323,13 @@ class UperNetSegmentation(pl.LightningModule):
         """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
 
         The images are seen as those of ADE20K's validation are: scaled to a shorter side of `crop_size`, or to a longer side of
-        four times that where it would be longer (512 and 2048). So memory holds a map of at most [b classes c 4c].
+        four times that where it would be longer (512 and 2048). So memory holds a map of at most [b classes c 4c],
+        and eight classes at the photo's size.
         """
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         factor = min(short / min(size), 4 * short / max(size))
         seen = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
-        return likeliest(self(images if seen == size else resized(images, seen)), size)
+        return likeliest(self(images if seen == size else rescaled(images, seen)), size)
 
     def write_prediction(self, image: Tensor, labels: Tensor, destination: Path) -> None:
         """A photo's two pictures: DESTINATION_overlay.png, with colours and a legend, and DESTINATION_labels.png.
@@ -460,11 +459,6 @@ def pair(size: Any) -> Grid:
     return int(height), int(width)
 
 
-def by(size: Grid) -> str:
-    """'512x512'"""
-    return f"{size[0]}x{size[1]}"
-
-
 def starts(side: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side that is at least as long as one; the last ends where the side does."""
     return [min(step * stride, side - window) for step in range(math.ceil((side - window) / stride) + 1)]
@@ -475,7 +469,7 @@ def enlarged(maps: Tensor, size: Grid) -> Tensor:
     return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
 
 
-def resized(images: Tensor, size: Grid) -> Tensor:
+def rescaled(images: Tensor, size: Grid) -> Tensor:
     """[b 3 H W] -> [b 3 H' W'], bilinear, smoothed where it becomes smaller."""
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
