@@ -73,7 +73,7 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
         assert said == "unimim: error: there is no subcommand of pretrain 'fti'. Did you mean 'fit'? Known: fit\n"
     elif words == ["pretrian"]:
         assert done.returncode
-        known = "pretrain, finetune, probe, knn, export"
+        known = "pretrain, finetune, segment, probe, knn, export"
         assert said == f"unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: {known}\n"
     else:
         assert not done.returncode

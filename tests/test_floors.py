@@ -19,6 +19,8 @@ FLOORS = {
     "normalizations": 2,
     "students": 2,
     "heads": 2,
+    "upernet": 2,
+    "overlays": 2,
     "losses": 2,
     "optim": 2,
     "checkpoint": 2,
@@ -27,6 +29,7 @@ FLOORS = {
     "pretraining": 3,
     "finetuning": 3,
     "probing": 3,
+    "segmentation": 3,
     "callbacks": 3.5,  # beside the tasks, and of them
     "commands": 4,
     "cli": 5,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from unimim.data.classification import ClassFolderData as ClassFolderData
     from unimim.data.fashion_mnist import FashionMNISTData as FashionMNISTData
     from unimim.data.folder import ImageFolderData as ImageFolderData
+    from unimim.data.scenes import ScenesData as ScenesData
+    from unimim.data.segmentation import ADE20KData as ADE20KData
+    from unimim.data.segmentation import SegmentationFolderData as SegmentationFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
     from unimim.finetuning import FineTuning as FineTuning
     from unimim.heads import DecoderHead as DecoderHead
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from unimim.pretraining import MaskedImageModeling as MaskedImageModeling
     from unimim.probing import AttentiveProbe as AttentiveProbe
     from unimim.probing import LinearProbe as LinearProbe
+    from unimim.segmentation import UperNetSegmentation as UperNetSegmentation
     from unimim.students import MaskTokenStudent as MaskTokenStudent
     from unimim.students import VisibleStudent as VisibleStudent
     from unimim.targets.color import MeanColorTarget as MeanColorTarget
@@ -50,8 +54,12 @@ if TYPE_CHECKING:
     from unimim.targets.pixels import PixelTarget as PixelTarget
     from unimim.targets.tokens import CodebookTarget as CodebookTarget
     from unimim.targets.tokens import VQKDTarget as VQKDTarget
+    from unimim.upernet import FCNHead as FCNHead
+    from unimim.upernet import FeaturePyramid as FeaturePyramid
+    from unimim.upernet import UperNetHead as UperNetHead
 
 MODULE_OF = {
+    "ADE20KData": "data.segmentation",
     "AttentiveMasking": "masking",
     "AttentiveProbe": "probing",
     "BlockMasking": "masking",
@@ -64,7 +72,9 @@ MODULE_OF = {
     "EMAHeadTarget": "targets.ema",
     "EMATarget": "targets.ema",
     "EfficientNetLite0": "efficientnet_lite",
+    "FCNHead": "upernet",
     "FashionMNISTData": "data.fashion_mnist",
+    "FeaturePyramid": "upernet",
     "FeatureTarget": "targets.features",
     "FineTuning": "finetuning",
     "Frozen": "interfaces",
@@ -87,9 +97,13 @@ MODULE_OF = {
     "PromptingDecoderHead": "heads",
     "PrototypeHead": "heads",
     "RandomMasking": "masking",
+    "ScenesData": "data.scenes",
+    "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
+    "UperNetHead": "upernet",
+    "UperNetSegmentation": "segmentation",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
     "export": "checkpoint",

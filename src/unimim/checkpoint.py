@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -19,6 +19,8 @@ from unimim.backbones import create_backbone, description, listed, read_file, st
 from unimim.interfaces import Grid, Student
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
+SEGMENTATION = "pyramid."
+"""How the keys of a backbone begin in a checkpoint of segmentation."""
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 EARLY_SWIN = "layers.0.downsample.norm.weight"
 WRAPPERS = r"^((module|_orig_mod|model|student|backbone|encoder)\.)+"
@@ -89,6 +91,36 @@ def describe_backbone(student: Student) -> dict[str, Any]:
     }
 
 
+def describe_network(backbone: Any, given: Mapping[str, Any], mean: Tensor, std: Tensor) -> dict[str, Any] | None:
+    """The same of a network that is trained for a task; None of a user's own one, which says neither its name nor arguments.
+
+    Args:
+        given: the task's hyperparameters: `backbone`, where it was given by name, and its `model_args`.
+        mean, std: the statistics [3 1 1] that the task normalizes pixels by.
+    """
+    report: LoadReport | None = getattr(backbone, "load_report", None)
+    if report is not None:
+        return report.backbone
+    if not isinstance(given.get("backbone"), str):
+        return None
+    statistics = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    return {"name": given["backbone"], "model_args": given["model_args"], **statistics}
+
+
+def agreeing_classes(ours: list[str], theirs: list[str]) -> list[str]:
+    """The names of the classes in a checkpoint.
+
+    Raises:
+        ValueError: the data, whose are `ours`, has other ones.
+    """
+    for label, (of_data, of_checkpoint) in enumerate(zip(ours, theirs, strict=False)):
+        if of_data != of_checkpoint:
+            raise ValueError(
+                f"class {label} of the data is {of_data!r}, of the checkpoint {of_checkpoint!r}: the labels would not agree"
+            )
+    return theirs
+
+
 def load_backbone(source: str | Path, backbone: str | None = None, strict: bool = True, **model_args: Any) -> Any:
     """A timm model with pretrained weights; its `load_report` (`LoadReport`) says what became of every key.
 
@@ -133,9 +165,15 @@ def opened(content: Any, source: str | Path, backbone: str | None = None) -> tup
     """All tensors in the content of a file, and the description of the backbone they are for.
 
     Raises:
-        ValueError: the file holds no state dict, or nobody says which backbone it is for.
+        ValueError: the file holds no state dict, or nobody says which backbone it is for; it is one of segmentation.
     """
     if description(content):
+        if any(key.startswith(SEGMENTATION) for key in content["state_dict"]):
+            origin = content.get("pretrained_from")
+            raise ValueError(
+                f"{source} is a checkpoint of segmentation, whose backbone has no final norm any more: give the one of "
+                f"pretraining that it began with{f', {origin}' if origin else ''}"
+            )
         return content["state_dict"], content["backbone"] | ({"name": backbone} if backbone else {})
     if backbone is None:
         raise ValueError(f"{source} does not say which backbone it holds: give backbone=, a timm name")

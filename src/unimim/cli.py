@@ -10,6 +10,7 @@ from typing import NoReturn
 TASKS = {
     "pretrain": ("masked image modeling, L( N(T(x)), H(S(M(x))) )", ("fit",)),
     "finetune": ("a pretrained backbone learns to classify", ("fit", "validate", "predict")),
+    "segment": ("a pretrained backbone learns to label every pixel, with UperNet", ("fit", "validate", "predict")),
     "probe": ("a linear or attentive probe on the frozen backbone", ("fit", "validate")),
     "knn": ("accuracy of the frozen backbone's nearest neighbours", ()),
     "export": ("a checkpoint's backbone as a file for timm", ()),

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +23,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
 from unimim.backbones import description, read_file
+from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
-from unimim.checkpoint import load_backbone
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 from unimim.probing import Feature, Probe, accuracy, extract_features
 from unimim.probing import knn as nearest_neighbours
+from unimim.segmentation import UperNetSegmentation
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
@@ -52,6 +54,11 @@ def pretrain(args: list[str]) -> LightningCLI:
 def finetune(args: list[str]) -> LightningCLI:
     """Runs `unimim finetune ARGS` and returns the CLI."""
     return in_one_line(lambda: FinetuneCLI(FineTuning, **settings("finetune"), args=args))
+
+
+def segment(args: list[str]) -> LightningCLI:
+    """Runs `unimim segment ARGS` and returns the CLI."""
+    return in_one_line(lambda: SegmentCLI(UperNetSegmentation, **settings("segment"), args=args))
 
 
 def probe(args: list[str]) -> LightningCLI:
@@ -238,57 +245,88 @@ class PretrainCLI(TaskCLI):
             print_once(f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})")
 
 
-class FinetuneCLI(TaskCLI):
-    """`unimim finetune fit|validate|predict`."""
+class WholeModelCLI(TaskCLI):
+    """What fine-tuning and segmentation share: a checkpoint that says which model it holds, and predictions of photos."""
+
+    names = ("fit", "validate", "predict")
+    task: str
+    """As the user knows it."""
+    photos: str
+    """Data that takes a folder of photos."""
+    usage: str
+    """Which commands take its checkpoint."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A checkpoint of fine-tuning says which model it holds, so that no other file is needed."""
+        """A checkpoint of the task says which model it holds, so that no other file is needed."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.ckpt_path is None and self.config.subcommand != "fit":
             name = self.config.subcommand
-            sys.exit(f"unimim: error: ckpt_path is missing: {name} needs --ckpt_path FILE of a fine-tuning")
+            sys.exit(f"unimim: error: ckpt_path is missing: {name} needs --ckpt_path FILE of a {self.task}")
         if config.ckpt_path in (None, "hpc"):
             return
         content = read_file(config.ckpt_path)
         described = description(content)
-        if described is None or "classes" not in content:
+        if described is None or not self.holds(content):
             sys.exit(
-                f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of fine-tuning that names its backbone (one of "
+                f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of {self.task} that names its backbone (one of "
                 f"pretraining is given as --model.checkpoint)"
             )
         config.model.backbone = described["name"]
         config.model.model_args = described["model_args"]
-        config.model.num_classes = described["model_args"]["num_classes"]
         config.model.checkpoint = None  # the weights come from ckpt_path
+        given = parser.parse_args(args, defaults=False)[self.config.subcommand].get("model", Namespace())
+        self.complete(config.model, given, content)
 
-    names = ("fit", "validate", "predict")
+    def holds(self, content: dict[str, Any]) -> bool:
+        """Whether a checkpoint that names its backbone is one of the task."""
+        raise NotImplementedError
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", default="predictions.csv", help="where predict writes file, labels and probabilities")
+    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
+        """Takes the rest of the model's arguments from its checkpoint; `given` are those of the user."""
+        raise NotImplementedError
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand == "predict":  # one process sees all files in their order
-            self.config.predict.trainer.devices = self.config.predict.trainer.num_nodes = 1
-        output = Path(self.config[self.subcommand].get("output") or "")
-        if self.subcommand == "predict" and output.exists():
+        if self.subcommand != "predict":
+            return
+        self.config.predict.trainer.devices = self.config.predict.trainer.num_nodes = 1  # it sees all files in their order
+        self.check_output(Path(self.config.predict.output))
+
+    def check_output(self, output: Path) -> None:
+        """Ends where the predictions cannot be written, or would be over others."""
+        if output.exists():
             sys.exit(f"unimim: error: output: {output} exists, and is not overwritten: give another --output")
-        if self.subcommand == "predict" and not output.parent.is_dir():
+        if not output.parent.is_dir():
             sys.exit(f"unimim: error: output: there is no folder {output.parent}")
 
     def before_predict(self) -> None:
         """Looks that the data can be predicted."""
         if type(self.datamodule).predict_dataloader is pl.LightningDataModule.predict_dataloader:
             kind = type(self.datamodule).__name__
-            sys.exit(f"unimim: error: data: {kind} has no predict_dataloader: --data ClassFolderData takes a folder of photos")
+            sys.exit(f"unimim: error: data: {kind} has no predict_dataloader: --data {self.photos} takes a folder of photos")
 
     def after_fit(self) -> None:
         """Says where the model is."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path:
-            print_once(
-                f"checkpoint: {path}\nto use it: unimim finetune validate|predict --ckpt_path, unimim export --checkpoint"
-            )
+            print_once(f"checkpoint: {path}\nto use it: {self.usage}")
+
+
+class FinetuneCLI(WholeModelCLI):
+    """`unimim finetune fit|validate|predict`."""
+
+    task = "fine-tuning"
+    photos = "ClassFolderData"
+    usage = "unimim finetune validate|predict --ckpt_path, unimim export --checkpoint"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", default="predictions.csv", help="where predict writes file, labels and probabilities")
+
+    def holds(self, content: dict[str, Any]) -> bool:
+        return "classes" in content and bool(content["backbone"]["model_args"].get("num_classes"))
+
+    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
+        model.num_classes = content["backbone"]["model_args"]["num_classes"]
 
     def after_predict(self) -> None:
         """Writes the predictions."""
@@ -297,6 +335,76 @@ class FinetuneCLI(TaskCLI):
         predictions = self.trainer.predict_loop.predictions
         written = self.model.write_predictions(images.files, predictions, output, images.unreadable.tolist())
         print_once(f"{written} files: {output}")
+
+
+class SegmentCLI(WholeModelCLI):
+    """`unimim segment fit|validate|predict`."""
+
+    task = "segmentation"
+    photos = "SegmentationFolderData"
+    usage = "unimim segment validate|predict --ckpt_path"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", default="predictions", help="the folder for predict's overlays and label maps")
+
+    def holds(self, content: dict[str, Any]) -> bool:
+        return any(key.startswith(SEGMENTATION) for key in content["state_dict"])
+
+    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
+        """What is not given is as it was in training; the layers are so in any case."""
+        layers = ("num_classes", "blocks", "channels", "auxiliary_weight")
+        for key, value in content["hyper_parameters"].items():
+            if key in model and key not in ("backbone", "model_args", "checkpoint") and (key in layers or key not in given):
+                model[key] = value
+
+    def check_output(self, output: Path) -> None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            sys.exit(f"unimim: error: output: {output} is no empty folder, and is not overwritten: give another --output")
+        if not output.exists():
+            super().check_output(output)
+
+    def before_predict(self) -> None:
+        super().before_predict()
+        self.config_init.predict.return_predictions = False  # they are written one by one
+        trainer: Any = self.trainer
+        trainer.callbacks.append(WritePhotos(Path(self.config.predict.output)))
+
+    def after_predict(self) -> None:
+        """Says where the pictures are."""
+        images = self.datamodule.splits["predict"]
+        print_once(f"{len(images.files) - int(images.unreadable.sum())} photos: {self.config.predict.output}")
+
+
+class WritePhotos(pl.Callback):
+    """Writes the pictures of each photo once it is predicted, in the same subfolders as the photos are.
+
+    Photos of one folder that differ only in their ending keep it in the names of their pictures.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.photos = data.splits["predict"]
+        root = Path(os.path.commonpath([file.parent for file in self.photos.files]))
+        paths = [file.relative_to(root) for file in self.photos.files]
+        stems = Counter(path.with_suffix("") for path in paths)
+        self.names = [path if stems[path.with_suffix("")] > 1 else path.with_suffix("") for path in paths]
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.photos.unreadable[batch_idx]:  # the next photo stands in for it
+            return
+        model: Any = pl_module
+        model.write_prediction(batch[0], outputs[0], self.folder / self.names[batch_idx])
 
 
 class ProbeCLI(TaskCLI):

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, create_backbone
-from unimim.checkpoint import load_backbone
-from unimim.optim import layer_decay_groups, schedule
+from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.optim import fitting_lr, layer_decay_groups, schedule
 
 
 class FineTuning(pl.LightningModule):
@@ -208,16 +208,7 @@ class FineTuning(pl.LightningModule):
         if self.mix is not None and batch % 2:
             raise ValueError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
         total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        if self.recipe_batch is not None and total != self.recipe_batch:
-            fitting = self.lr * total / self.recipe_batch
-            if self.scale_lr:
-                rank_zero_info(f"{total} images a step, the recipe has {self.recipe_batch}: lr {self.lr:g} becomes {fitting:g}")
-                self.lr_scale = total / self.recipe_batch
-            else:
-                rank_zero_warn(
-                    f"{total} images a step, but lr {self.lr:g} is meant for {self.recipe_batch}: {fitting:g} would fit "
-                    f"(--model.scale_lr true takes it)"
-                )
+        self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 
     def on_fit_start(self) -> None:
         """Says so where nothing pretrained is fine-tuned."""
@@ -229,16 +220,9 @@ class FineTuning(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` needs to know, the names of the classes, and the metrics as last measured."""
-        report = getattr(self.backbone, "load_report", None)
-        if report is not None:
-            checkpoint["backbone"] = report.backbone
-        elif isinstance(self.hparams.get("backbone"), str):
-            checkpoint["backbone"] = {
-                "name": self.hparams["backbone"],
-                "model_args": self.hparams["model_args"],
-                "mean": self.mean.flatten().tolist(),
-                "std": self.std.flatten().tolist(),
-            }
+        described = describe_network(self.backbone, self.hparams, self.mean, self.std)
+        if described is not None:
+            checkpoint["backbone"] = described
         checkpoint["classes"] = self.classes
         checkpoint["pretrained_from"] = self.checkpoint
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -248,13 +232,7 @@ class FineTuning(pl.LightningModule):
         Raises:
             ValueError: the data has other classes than the checkpoint.
         """
-        known = list(checkpoint.get("classes", []))
-        for label, (ours, theirs) in enumerate(zip(self.classes, known, strict=False)):
-            if ours != theirs:
-                raise ValueError(
-                    f"class {label} of the data is {ours!r}, of the checkpoint {theirs!r}: the labels would not agree"
-                )
-        self.classes = known
+        self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
 
     def write_predictions(
         self, files: list[Path], batches: list[tuple[Tensor, Tensor]], destination: Path, unreadable: list[bool]

@@ -25,6 +25,8 @@ Grid = tuple[int, int]
 """(h, w) of a patch grid, or (H, W) of an image in pixels."""
 RGB = tuple[float, float, float]
 """One number a colour channel, for pixels in [0, 1]."""
+IGNORED = 255
+"""The label of a pixel that counts neither in the loss nor in a metric of segmentation."""
 
 
 class Frozen:

@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -136,11 +137,68 @@ def schedule(
     Raises:
         ValueError: the training has no end.
     """
-    if trainer.estimated_stepping_batches == math.inf:
-        raise ValueError("an endless training has no cosine: set trainer.max_epochs or trainer.max_steps")
-    total_steps = int(trainer.estimated_stepping_batches)
+    total_steps = optimizer_steps(trainer)
     trainer.fit_loop.setup_data()  # the line above leaves the data alone when max_steps is given
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps)
     scheduler = warmup_cosine(optimizer, warmup_steps, total_steps, warmup_lr, min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def warmup_poly(
+    optimizer: Optimizer, warmup_steps: int, total_steps: int, warmup_ratio: float = 1e-6, power: float = 1.0
+) -> LambdaLR:
+    """(1 - step / total_steps) ** power, times a warm-up that is linear from `warmup_ratio` to 1 in `warmup_steps`.
+
+    As in mmcv 1, which BEiT v2's segmentation uses, the fall to 0 begins at step 0 and goes on under the warm-up, so that the
+    rate never reaches the optimizer's lr. (mmengine, its successor, begins the fall where the warm-up ends.) To be stepped
+    once per optimizer step.
+    """
+
+    def factor(step: int) -> float:
+        fall = max(0.0, 1 - step / total_steps) ** power
+        done = step / warmup_steps if step < warmup_steps else 1.0
+        return fall * (warmup_ratio + (1 - warmup_ratio) * done)
+
+    return LambdaLR(optimizer, factor)
+
+
+def poly_schedule(
+    optimizer: Optimizer, trainer: pl.Trainer, warmup_steps: int, warmup_ratio: float, power: float
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns: the optimizer, and `warmup_poly` over all steps of this training.
+
+    Raises:
+        ValueError: the training has no end.
+    """
+    scheduler = warmup_poly(optimizer, warmup_steps, optimizer_steps(trainer), warmup_ratio, power)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def optimizer_steps(trainer: pl.Trainer) -> int:
+    """All steps of this training; accumulation is accounted for.
+
+    Raises:
+        ValueError: the training has no end.
+    """
+    if trainer.estimated_stepping_batches == math.inf:
+        raise ValueError("an endless training has no cosine and no poly: set trainer.max_epochs or trainer.max_steps")
+    return int(trainer.estimated_stepping_batches)
+
+
+def fitting_lr(lr: float, images: int, recipe_batch: int | None, scale_lr: bool) -> float:
+    """The learning rate for a step of `images`: `lr`, or where `scale_lr` asks for it `lr * images / recipe_batch`.
+
+    Says so where the step is not the recipe's; `recipe_batch` None is silent.
+    """
+    if recipe_batch is None or images == recipe_batch:
+        return lr
+    fitting = lr * images / recipe_batch
+    if scale_lr:
+        rank_zero_info(f"{images} images a step, the recipe has {recipe_batch}: lr {lr:g} becomes {fitting:g}")
+        return fitting
+    rank_zero_warn(
+        f"{images} images a step, but lr {lr:g} is meant for {recipe_batch}: {fitting:g} would fit "
+        f"(--model.scale_lr true takes it)"
+    )
+    return lr

@@ -3,5 +3,7 @@
 from unimim.data.classification import ClassFolderData
 from unimim.data.fashion_mnist import FashionMNISTData
 from unimim.data.folder import ImageFolderData
+from unimim.data.scenes import ScenesData
+from unimim.data.segmentation import ADE20KData, SegmentationFolderData
 
-__all__ = ["ClassFolderData", "FashionMNISTData", "ImageFolderData"]
+__all__ = ["ADE20KData", "ClassFolderData", "FashionMNISTData", "ImageFolderData", "ScenesData", "SegmentationFolderData"]

@@ -169,9 +169,8 @@ class ImageFiles(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         for offset in range(len(self.files)):
             position = (index + offset) % len(self.files)
-            path = self.files[position]
             try:
-                image = read_image(path)
+                read = self.read(position)
             except ValueError as error:
                 if self.on_bad_image == "error":
                     raise
@@ -179,9 +178,17 @@ class ImageFiles(Dataset[Any]):
                     self.unreadable[position] = True
                     warnings.warn(f"skipped: {error} ({int(self.unreadable.sum())} skipped so far)", stacklevel=2)
                 continue
-            pixels = self.transform(image)
-            return pixels if self.labels is None else (pixels, self.labels[position])
+            return self.sample(position, read)
         raise ValueError(f"none of the {len(self.files)} image files can be read, the first is {self.files[0]}")
+
+    def read(self, position: int) -> Any:
+        """What the files of one sample hold; a ValueError here is an unreadable file."""
+        return read_image(self.files[position])
+
+    def sample(self, position: int, read: Any) -> Any:
+        """What was read, transformed, with its label."""
+        pixels = self.transform(read)
+        return pixels if self.labels is None else (pixels, self.labels[position])
 
 
 def read_image(path: Path) -> Image.Image:

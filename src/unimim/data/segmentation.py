@@ -1,0 +1,311 @@
+"""Images with label maps in folders: ADE20K as published, or anyone's own, with mmsegmentation's augmentation."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from unimim.data.folder import ImageFiles, OnBadImage, each_once, image_files, read_image, to_pixels
+from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
+from unimim.interfaces import IGNORED
+
+
+class SegmentationFolderData(pl.LightningDataModule):
+    """Batches of (images [b 3 H W] in [0, 1], labels long [b H W]) from `images/{train,val}` and `labels/{train,val}`.
+
+    An image and its label have the same name but for the suffix. A label is a PNG whose grey values, or indices into its
+    palette, are the classes: 0 is the first, 255 is ignored (`IGNORED`).
+
+    Training: a random scale, a crop in which no class has 75 % or more, a horizontal flip, photometric distortion, and where
+    an image is smaller than the crop, padding by ImageNet's mean, ignored. Validation: one whole image at a time, resized to
+    fit in `resize`; its label stays at its own size, at which metrics are taken: ([1 3 H W], [1 H' W']). For `predict`,
+    `root` may be any folder of photos; each comes whole and at its own size, [1 3 H W].
+
+    Args:
+        root: the folder.
+        classes: their names in the order of the labels: a list, or a text file with one a line, or with a column `Name` between
+            tabs. None looks into the `classes.txt` of the folder.
+        image_size: side of the training crops in pixels.
+        batch_size: training images of one process in one step.
+        num_workers: processes that read images.
+        resize: (long, short) side in pixels that images are fitted into.
+        scale: (low, high) of the random factor on `resize` in training.
+        flip: probability of a horizontal flip.
+        on_bad_image: "error" stops at an unreadable image or label file and names it; "skip" warns, and puts the next
+            readable pair in its place. A label that can be read and is wrong always stops.
+
+    Raises:
+        FileNotFoundError: a folder or the names of the classes are missing.
+        ValueError: images without label or labels without image, a number out of its range, fewer images than one batch; on
+            use, an unreadable file, an image and a label of different sizes, a label value that is no class.
+    """
+
+    folders: ClassVar[dict[str, tuple[str, str]]] = {
+        "train": ("images/train", "labels/train"),
+        "val": ("images/val", "labels/val"),
+    }
+    """Where images and labels of each split are."""
+    classes_file: ClassVar[str] = "classes.txt"
+    first_value: ClassVar[int] = 0
+    """The value of the first class in a label PNG; the others follow it."""
+    ignored_value: ClassVar[int] = IGNORED
+    """The value of ignored pixels in a label PNG."""
+
+    def __init__(
+        self,
+        root: str,
+        classes: list[str] | str | None = None,
+        image_size: int = 512,
+        batch_size: int = 2,
+        num_workers: int = 8,
+        resize: Sides = (2048, 512),
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        if min(image_size, batch_size) < 1 or num_workers < 0:
+            raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
+        if not 1 <= resize[1] <= resize[0] or not 0 < scale[0] <= scale[1] or not 0 <= flip <= 1:
+            raise ValueError(
+                f"data: resize is (long, short) in pixels, scale (low, high) above 0, flip a probability; got {resize}, "
+                f"{scale}, {flip}"
+            )
+        self.root = Path(root).expanduser()
+        self.given_classes = classes
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.on_bad_image = on_bad_image
+        to_float = v2.ToDtype(torch.float32, scale=True)
+        self.augmentation = v2.Compose(
+            [
+                RandomScale(resize, scale),
+                VariedCrop(image_size),
+                v2.RandomHorizontalFlip(flip),
+                to_float,
+                PhotometricDistortion(),
+                PadTo(image_size),
+            ]
+        )
+        self.evaluation = v2.Compose([FitImage(resize), to_float])
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of their labels.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: fewer than 2, more than 255, or the same name twice.
+        """
+        given = self.given_classes
+        names = (
+            list(given) if isinstance(given, list) else read_names(Path(given or self.root / self.classes_file).expanduser())
+        )
+        if not 2 <= len(names) <= IGNORED:
+            raise ValueError(f"data.classes: {len(names)} names, expected 2 to {IGNORED}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.classes: the same name twice: {', '.join(twice[:3])}")
+        return names
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "predict":
+            self.splits: dict[str, ImageFiles] = {
+                "predict": ImageFiles(image_files(self.root), v2.Compose(to_pixels()), self.on_bad_image)
+            }
+            return
+        self.splits = {"val": self._labelled("val", self.evaluation)}
+        if stage == "validate":
+            return
+        self.splits["train"] = self._labelled("train", self.augmentation)
+        if (found := len(self.splits["train"])) < self.batch_size:
+            raise ValueError(
+                f"{self.root / self.folders['train'][0]} has {found} images, which is less than one batch of "
+                f"{self.batch_size}: set data.batch_size to {found} or less"
+            )
+
+    def _labelled(self, split: str, transform: Any) -> "LabelledImageFiles":
+        images, labels = (self.root / folder for folder in self.folders[split])
+        pairs = image_label_pairs(images, labels)
+        return LabelledImageFiles(pairs, transform, len(self.classes), self.first_value, self.ignored_value, self.on_bad_image)
+
+    def teardown(self, stage: str) -> None:
+        for split, images in self.splits.items():
+            if skipped := int(images.unreadable.sum()):
+                rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val", sampler=each_once(self.splits["val"]))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")
+
+    def _loader(
+        self, split: str, batch_size: int = 1, shuffle: bool = False, drop_last: bool = False, sampler: Any = None
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            self.splits[split],
+            batch_size=batch_size,
+            shuffle=shuffle,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class ADE20KData(SegmentationFolderData):
+    """ADE20K's 150 classes (Zhou et al., 2017) from `ADEChallengeData2016` as published.
+
+    `images/{training,validation}` and `annotations/{training,validation}` are read as they are: 0 in an annotation is
+    ignored, 1 to 150 are the labels 0 to 149. The names are those of the folder's `objectInfo150.txt`, the first synonym of
+    each. Everything else is as in `SegmentationFolderData`.
+    """
+
+    folders: ClassVar[dict[str, tuple[str, str]]] = {
+        "train": ("images/training", "annotations/training"),
+        "val": ("images/validation", "annotations/validation"),
+    }
+    classes_file = "objectInfo150.txt"
+    first_value = 1
+    ignored_value = 0
+
+
+class LabelledImageFiles(ImageFiles):
+    """Pairs of image and label files, transformed together.
+
+    Args:
+        pairs: the paths of an image and of its label PNG.
+        transform: (Image uint8 [3 H W], Mask uint8 [H W]) -> (float [3 H W], labels [H W]).
+        num_classes: their number.
+        first_value, ignored_value: what the PNGs hold for the first class and for ignored pixels.
+        on_bad_image: "error" or "skip", as in `SegmentationFolderData`.
+    """
+
+    transform: Any
+
+    def __init__(
+        self,
+        pairs: list[tuple[Path, Path]],
+        transform: Any,
+        num_classes: int,
+        first_value: int = 0,
+        ignored_value: int = IGNORED,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        super().__init__([image for image, _ in pairs], transform, on_bad_image)
+        self.label_files = [label for _, label in pairs]
+        self.num_classes = num_classes
+        self.first_value = first_value
+        self.ignored_value = ignored_value
+
+    def read(self, position: int) -> tuple[Image.Image, Image.Image]:
+        return read_image(self.files[position]), read_label(self.label_files[position])
+
+    def sample(self, position: int, read: tuple[Image.Image, Image.Image]) -> tuple[Tensor, Tensor]:
+        image, png = read
+        path = self.label_files[position]
+        if image.size != png.size:
+            (width, height), (label_width, label_height) = image.size, png.size
+            raise ValueError(
+                f"{self.files[position]} has {height}x{width} pixels (HxW), its label {path} has {label_height}x{label_width}: "
+                f"they have to be of one size"
+            )
+        label = self.labels_of(png, path)
+        pixels, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(label))
+        return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
+
+    def labels_of(self, png: Image.Image, path: Path) -> Tensor:
+        """The PNG's values as labels, uint8 [H W].
+
+        Raises:
+            ValueError: it holds colours, or a value that is no class.
+        """
+        if png.mode not in ("L", "P", "I;16", "I"):  # 16 bits are I by an older PIL
+            raise ValueError(
+                f"{path} has colours or transparency (mode {png.mode}): a label is a grey or palette PNG of 8 or 16 bits, "
+                f"whose values are the classes"
+            )
+        values = pil_to_tensor(png)[0].int()
+        labels = values - self.first_value
+        ignored = values == self.ignored_value
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if (wrong & ~ignored).any():
+            found = values[wrong & ~ignored].unique().tolist()
+            more = f" (and {len(found) - 1} other values)" if len(found) > 1 else ""
+            last = self.first_value + self.num_classes - 1
+            raise ValueError(
+                f"{path} has the value {found[0]}{more}, but the {self.num_classes} classes are {self.first_value} to {last}, "
+                f"and {self.ignored_value} is ignored: correct the file or data.classes"
+            )
+        return labels.masked_fill(ignored, IGNORED).to(torch.uint8)
+
+
+def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
+    """Every image below `images` with the PNG of the same name below `labels`, in order.
+
+    Raises:
+        FileNotFoundError: a folder is missing or empty.
+        ValueError: some have no partner; the first three are named.
+    """
+    of_images = {path: path.relative_to(images).with_suffix("") for path in image_files(images)}
+    of_labels = {
+        path.relative_to(labels).with_suffix(""): path for path in image_files(labels) if path.suffix.lower() == ".png"
+    }
+    alone = {
+        f"images in {images} without {labels}/NAME.png": [path for path, name in of_images.items() if name not in of_labels],
+        f"labels in {labels} without image": [of_labels[name] for name in sorted(of_labels.keys() - set(of_images.values()))],
+    }
+    said = [
+        f"{len(paths)} {what}: {', '.join(path.name for path in paths[:3])}{' ...' if len(paths) > 3 else ''}"
+        for what, paths in alone.items()
+        if paths
+    ]
+    if said:
+        raise ValueError(f"data.root: {'; '.join(said)}")
+    return [(path, of_labels[name]) for path, name in of_images.items()]
+
+
+def read_label(path: Path) -> Image.Image:
+    """A label PNG as it is.
+
+    Raises:
+        ValueError: the file cannot be read as an image; it is named.
+    """
+    try:
+        with Image.open(path) as png:
+            png.load()
+            return png.copy()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"unreadable label {path} ({error}); data.on_bad_image=skip goes on without it") from error
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of classes from a text file: one a line, or the first synonym of each in a table's column `Name`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a table without such a column, or a row without a name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data.classes: there is no file {path}; give a list of names, or a text file with one a line")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines or "\t" not in lines[0]:
+        return [line.strip() for line in lines]
+    header = [column.strip() for column in lines[0].split("\t")]
+    rows = [line.split("\t") for line in lines[1:]]
+    if "Name" not in header or any(len(row) != len(header) for row in rows):
+        raise ValueError(f"data.classes: {path} is no table with a column Name, nor a list with one name a line")
+    return [row[header.index("Name")].split(",")[0].split(";")[0].strip() for row in rows]

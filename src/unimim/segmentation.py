@@ -1,0 +1,498 @@
+"""Semantic segmentation: UperNet on a pretrained backbone (the paper judges encoders so, on ADE20K)."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from unimim.backbones import create_backbone
+from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
+from unimim.interfaces import IGNORED, Grid
+from unimim.optim import fitting_lr, layer_decay_groups, parameter_groups, poly_schedule
+from unimim.overlays import label_picture, overlay
+from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead
+
+AUXILIARY_CHANNELS = 256
+AUXILIARY_LEVEL = 2
+KEPT_SIZES = 4
+"""Of whole images, for which a resized backbone is kept."""
+
+
+class UperNetSegmentation(pl.LightningModule):
+    """Cross-entropy on every pixel's logits of UperNet, with a lower learning rate for lower layers of the backbone.
+
+    The recipe's defaults are BEiT v2's for a ViT-B on ADE20K. In a validation and on a photo, a backbone that was built for one
+    size sees windows of that size ("slide"), or is resized to the image ("whole").
+
+    Args:
+        backbone: a timm name, or a timm model such as `load_backbone(path, img_size=512)`, from which the pyramid takes what
+            it does not use. Pixels are normalized by its `pretrained_cfg`.
+        checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
+        num_classes: of the labels (ADE20K: 150).
+        model_args: further arguments of a named backbone, such as `img_size` (the crops' size) and `drop_path_rate`.
+        blocks: the four blocks of a ViT whose features are used, from 0; None takes `FeaturePyramid`'s.
+        checkpointing: less memory for more time: activations are computed again in the backward pass.
+        channels: width of the head (BEiT v2: 768 for ViT-B, 1024 for ViT-L; Swin: 512).
+        auxiliary_weight: of the loss of an FCN head of 256 channels on the third level; 0 is none.
+        dropout: of both heads' last maps.
+        lr: peak learning rate of the heads, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-5 at 16).
+        recipe_batch: the images of a step for which `lr` is meant; another batch is told, with the lr that would fit. None
+            is silent.
+        scale_lr: take that lr: `lr * batch / recipe_batch`.
+        layer_decay: factor on the learning rate from each block to the one below (BEiT v2, ViT-B: 0.75). The pyramid's own
+            layers and the heads learn at the full rate.
+        betas, weight_decay: AdamW's; 1-D parameters do not decay.
+        warmup_steps: steps of linear warm-up.
+        warmup_ratio: where it begins, as a part of the rate.
+        power: of the poly schedule, which ends in 0.
+        inference: "slide" averages the logits of windows; "whole" takes the image at once, with a backbone that accepts its
+            size: Swin with `strict_img_size: false`, ViT, BEiT and EVA (whose positions are resized), ConvNeXt, ResNet.
+        crop_size: side of a window in pixels, or (H, W); None is the size that the backbone was built for.
+        stride: from one window to the next in pixels; None is two thirds of the window, rounded down (341 of 512).
+        scales: each image is also seen at these scales (mmsegmentation: 0.5 to 1.75), and the probabilities are averaged.
+        flip: and mirrored.
+
+    Attributes:
+        classes: names of the classes in the order of their labels, as the data gives them.
+        iou: [classes], of the last validation; NaN for a class that is neither in its labels nor predicted.
+
+    Raises:
+        ValueError: the backbone gives no four levels, was built for another size than `crop_size`, a number is out of its
+            range; and as `load_backbone`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str | nn.Module | None = None,
+        checkpoint: str | None = None,
+        num_classes: int = 150,
+        model_args: dict[str, Any] | None = None,
+        blocks: list[int] | None = None,
+        checkpointing: bool = False,
+        channels: int = 768,
+        auxiliary_weight: float = 0.4,
+        dropout: float = 0.1,
+        lr: float = 5e-5,
+        recipe_batch: int | None = None,
+        scale_lr: bool = False,
+        layer_decay: float = 0.75,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.05,
+        warmup_steps: int = 1500,
+        warmup_ratio: float = 1e-6,
+        power: float = 1.0,
+        inference: Literal["slide", "whole"] = "slide",
+        crop_size: int | Grid | None = None,
+        stride: int | Grid | None = None,
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
+        if num_classes < 2 or num_classes > IGNORED or channels < 1 or (recipe_batch is not None and recipe_batch < 1):
+            raise ValueError(
+                f"model: num_classes within 2 to {IGNORED} ({IGNORED} is ignored), channels and recipe_batch at least 1; got "
+                f"{num_classes}, {channels}, {recipe_batch}"
+            )
+        if not lr > 0 or not 0 < layer_decay <= 1 or min(weight_decay, auxiliary_weight) < 0 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"model: lr above 0, layer_decay within 0 to 1, weight_decay and auxiliary_weight not below 0, dropout within "
+                f"0 to 1; got {lr}, {layer_decay}, {weight_decay}, {auxiliary_weight}, {dropout}"
+            )
+        if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or not power > 0:
+            raise ValueError(
+                f"model: warmup_steps not below 0, warmup_ratio within 0 to 1, power above 0; got {warmup_steps}, "
+                f"{warmup_ratio}, {power}"
+            )
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"model.scales are one or more factors above 0, got {list(scales)}")
+        self.checkpoint = checkpoint
+        network: Any = backbone
+        if backbone is None:  # it has a default so that a checkpoint of segmentation can say it on the command line
+            raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
+        if isinstance(backbone, str):
+            given: dict[str, Any] = {**(model_args or {}), "num_classes": 0, "global_pool": ""}
+            if checkpoint is None:
+                network = create_backbone(backbone, given)
+            else:
+                network = load_backbone(checkpoint, backbone=backbone, **given)
+                given = network.load_report.backbone["model_args"]  # with those it was pretrained with
+            self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
+        elif checkpoint is not None or model_args is not None:
+            raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+        config = network.pretrained_cfg
+        self.pyramid = FeaturePyramid(network, blocks, checkpointing)
+        self.head = UperNetHead(self.pyramid.channels, channels, num_classes, dropout)
+        self.auxiliary_head = (
+            FCNHead(self.pyramid.channels[AUXILIARY_LEVEL], AUXILIARY_CHANNELS, num_classes, dropout)
+            if auxiliary_weight
+            else None
+        )
+        self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
+        self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
+        self.peak_lr = lr
+        self.betas, self.weight_decay = betas, weight_decay
+        self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
+        self.inference, self.scales, self.flip = inference, tuple(scales), flip
+        self.crop_size = window_size(network, crop_size)
+        self.stride = pair(stride) if stride is not None else (self.crop_size[0] * 2 // 3, self.crop_size[1] * 2 // 3)
+        if any(not 0 < step <= side for step, side in zip(self.stride, self.crop_size, strict=True)):
+            raise ValueError(f"model.stride is within 1 to crop_size {by(self.crop_size)}, got {by(self.stride)}")
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+        self.classes: list[str] = []
+        self.iou = torch.full((num_classes,), math.nan)
+        self.resized: dict[Grid, tuple[FeaturePyramid, dict[str, Tensor]]] = {}
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+
+    # Its training
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """(images [b 3 H W] in [0, 1], labels [b H W]) -> the loss.
+
+        Raises:
+            ValueError: the images are not of the size that the backbone was built for.
+        """
+        images, labels = batch
+        levels = self.pyramid(self.normalize(images))
+        loss = self.loss(self.head(levels), labels)
+        if self.auxiliary_head is not None:
+            loss = loss + self.auxiliary_weight * self.loss(self.auxiliary_head(levels[AUXILIARY_LEVEL]), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the pixels that count, at the labels' size.
+
+        Args:
+            logits: [b classes h w], enlarged bilinearly.
+            labels: [b H W]; where none counts, the loss is 0 and so are all gradients.
+
+        The mean is over this process's batch, as torch's: processes with few labelled pixels weigh as much as others.
+        (mmsegmentation divides by all pixels, so there a batch with many ignored ones weighs less.)
+        """
+        total = F.cross_entropy(enlarged(logits, pair(labels.shape[-2:])), labels, ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
+        return (images - self.mean) / self.std
+
+    # Its answers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[b 3 H W] in [0, 1], of any size -> logits [b classes H W], float32, by `inference`.
+
+        With several `scales`, or with `flip`, these are the logarithms of the averaged probabilities. Beside a window's (or
+        the whole image's) activations, memory holds one map [b classes H W]; with scales and flip, four of the largest scale.
+        """
+        images = self.normalize(images)
+        if self.scales == (1.0,) and not self.flip:
+            return self.infer(images)
+        size = pair(images.shape[-2:])
+        total = images.new_zeros((len(images), self.num_classes, *size), dtype=torch.float32)
+        for scale in self.scales:
+            seen = images if scale == 1 else rescaled(images, (round(size[0] * scale), round(size[1] * scale)))
+            for mirrored in (False, True) if self.flip else (False,):
+                logits = self.infer(seen.flip(-1) if mirrored else seen)
+                probabilities = enlarged(logits, size).softmax(1)
+                total += probabilities.flip(-1) if mirrored else probabilities
+        mean = total.div_(len(self.scales) * (2 if self.flip else 1))
+        return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_()
+
+    def infer(self, images: Tensor) -> Tensor:
+        """Normalized images [b 3 H W] -> logits [b classes H W]."""
+        return self.slide(images) if self.inference == "slide" else self.whole(images)
+
+    def slide(self, images: Tensor) -> Tensor:
+        """Normalized images [b 3 H W] -> logits [b classes H W], the mean of all windows over a pixel.
+
+        Windows of `crop_size` lie `stride` apart from the top left; the last of a row or column is shifted back inside, as
+        mmsegmentation does it. An image smaller than a window is padded to one at its right and bottom with 0, which is
+        the mean colour, and the padding is cut away again (mmsegmentation would give the network the small image).
+        """
+        (height, width), (h, w) = pair(images.shape[-2:]), self.crop_size
+        images = F.pad(images, (0, max(w - width, 0), 0, max(h - height, 0)))
+        rows, columns = pair(images.shape[-2:])
+        total = images.new_zeros((len(images), self.num_classes, rows, columns), dtype=torch.float32)
+        count = total.new_zeros((rows, columns))
+        for top in starts(rows, h, self.stride[0]):
+            for left in starts(columns, w, self.stride[1]):
+                place = (..., slice(top, top + h), slice(left, left + w))
+                total[place] += enlarged(self.head(self.pyramid(images[place])), self.crop_size)
+                count[place] += 1
+        return total.div_(count)[..., :height, :width]
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Normalized images [b 3 H W] -> logits [b classes H W], at once.
+
+        Sides that are no multiple of the patch size are padded at the right and bottom with 0, and that is cut away again.
+
+        Raises:
+            ValueError: the backbone takes no other size than its own.
+        """
+        height, width = images.shape[-2:]
+        patch = int(self.pyramid.backbone.feature_info[0]["reduction"])
+        images = F.pad(images, (0, -width % patch, 0, -height % patch))
+        size = pair(images.shape[-2:])
+        return enlarged(self.head(self.pyramid_for(size)(images)), size)[..., :height, :width]
+
+    def pyramid_for(self, size: Grid) -> FeaturePyramid:
+        """The pyramid, on a backbone for images of `size`; positions and bias tables are resized, all else is shared.
+
+        Those for the last few sizes are kept until the weights change.
+
+        Raises:
+            ValueError: as `whole`.
+        """
+        backbone = self.pyramid.backbone
+        built = built_size(backbone)
+        if built in (None, size) or not backbone.patch_embed.strict_img_size:
+            return self.pyramid
+        if not isinstance(backbone, (VisionTransformer, Beit, Eva)):
+            raise ValueError(
+                f"the image is {by(size)} pixels, but this {type(backbone).__name__} takes only {by(built or size)}: set "
+                f"model.inference to slide, or strict_img_size: false in model.model_args"
+            )
+        tables = {
+            name: parameter.detach()
+            for name, parameter in backbone.named_parameters()
+            if name.endswith(("pos_embed", "relative_position_bias_table"))
+        }
+        kept = self.resized.pop(size, None)
+        if kept is None or any(
+            table.device != kept[1][name].device or not torch.equal(table, kept[1][name]) for name, table in tables.items()
+        ):
+            shared = {id(part): part for part in (*self.pyramid.parameters(), *self.pyramid.buffers())}
+            with torch.inference_mode(False), torch.no_grad():
+                pyramid = copy.deepcopy(self.pyramid, shared)
+                pyramid.backbone.set_input_size(img_size=size)
+                share_indices(pyramid)
+                kept = pyramid, {name: table.clone() for name, table in tables.items()}
+        self.resized[size] = kept
+        while len(self.resized) > KEPT_SIZES:
+            self.resized.pop(next(iter(self.resized)))
+        return kept[0]
+
+    # Its metrics
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Counts (images [b 3 H W], labels [b H' W']), which may be of another size than the images."""
+        images, labels = batch
+        self.confusion.update(likeliest(self(images), pair(labels.shape[-2:])), labels)
+
+    def on_validation_epoch_start(self) -> None:
+        self.confusion.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """mIoU, mAcc and aAcc from one confusion matrix of all pixels that count, of all processes.
+
+        A class that is neither in the labels nor predicted is left out of mIoU, one that is not in the labels of mAcc: as
+        mmsegmentation does. Where a class is called background, there is also the mIoU of the others.
+        """
+        confusion = self.confusion.compute()  # [label, prediction]
+        right, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        self.iou = right / (labelled + predicted - right)
+        accuracy = right / labelled
+        names = self.classes or [str(label) for label in range(self.num_classes)]
+        means = {"miou": self.iou.nanmean(), "macc": accuracy.nanmean(), "aacc": right.sum() / labelled.sum()}
+        if "background" in names:
+            foreground = [label for label, name in enumerate(names) if name != "background"]
+            means["miou_foreground"] = self.iou[foreground].nanmean()
+        for name, value in means.items():
+            self.log(f"val/{name}", value, prog_bar=name == "miou", sync_dist=True)  # which is the same in all processes
+        if not self.trainer.sanity_checking:
+            self.print(table(names, self.iou.tolist(), accuracy.tolist(), (labelled / labelled.sum()).tolist()))
+
+    # Its pictures
+
+    def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
+
+        The images are seen as those of ADE20K's validation are: scaled to a shorter side of `crop_size`, or to a longer side of
+        four times that where it would be longer (512 and 2048). So memory holds a map of at most [b classes c 4c],
+        and eight classes at the photo's size.
+        """
+        size, short = pair(images.shape[-2:]), min(self.crop_size)
+        factor = min(short / min(size), 4 * short / max(size))
+        seen = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
+        return likeliest(self(images if seen == size else rescaled(images, seen)), size)
+
+    def write_prediction(self, image: Tensor, labels: Tensor, destination: Path) -> None:
+        """A photo's two pictures: DESTINATION_overlay.png, with colours and a legend, and DESTINATION_labels.png.
+
+        Args:
+            image: [3 H W] in [0, 1].
+            labels: [H W]
+            destination: their path without the endings; its folder is made.
+        """
+        names = self.classes or [str(label) for label in range(self.num_classes)]
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        overlay(image, labels, names).save(f"{destination}_overlay.png")
+        label_picture(labels).save(f"{destination}_labels.png")
+
+    # Its optimization
+
+    def configure_optimizers(self) -> Any:
+        """AdamW: the backbone in groups by layer, the rest at the full rate; with warm-up and poly per step."""
+        groups = layer_decay_groups(self.pyramid.backbone, self.peak_lr, self.weight_decay, self.layer_decay)
+        added = [self.pyramid.levels, self.head, *([self.auxiliary_head] if self.auxiliary_head is not None else [])]
+        for group in parameter_groups(added, self.weight_decay):
+            name = "heads" if group["weight_decay"] else "heads_no_decay"
+            groups.append({**group, "name": name, "lr": self.peak_lr})
+        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+        return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
+
+    def setup(self, stage: str) -> None:
+        """Takes the names of the classes from the data, and the learning rate that fits the batch.
+
+        Raises:
+            ValueError: the data has another number of classes; a batch of one image, which batch norm cannot train on.
+        """
+        synchronised = self.synchronise() if stage == "fit" else False
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "predict" or data is None:
+            return
+        self.classes = list(getattr(data, "classes", self.classes))
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(
+                f"the data has {len(self.classes)} classes, the head {self.num_classes}: set model.num_classes to "
+                f"{len(self.classes)}"
+            )
+        batch = getattr(data, "batch_size", None)
+        if stage != "fit" or batch is None:
+            return
+        if batch == 1 and not synchronised:
+            raise ValueError(
+                "data.batch_size is 1, but UperNet's pool of 1x1 of one image cannot be batch-normalized: set it to at least 2"
+            )
+        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.peak_lr = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr)
+
+    def synchronise(self) -> bool:
+        """Whether batch norms see the images of all processes (`trainer.sync_batchnorm`); torch's cannot on a CPU."""
+        strategy: Any = self.trainer.strategy
+        asked = self.trainer.world_size > 1 and getattr(strategy, "_layer_sync", None) is not None
+        if asked and strategy.root_device.type == "cpu":
+            rank_zero_warn("trainer.sync_batchnorm: torch cannot synchronise batch norms on a CPU, each process has its own")
+            strategy._layer_sync = None
+            return False
+        return asked
+
+    def on_fit_start(self) -> None:
+        """Says so where nothing pretrained is trained on."""
+        trainer: Any = self.trainer
+        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and trainer.ckpt_path is None:
+            rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
+
+    # What it keeps
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds which backbone it has, the names of the classes, and the metrics as last measured."""
+        described = describe_network(self.pyramid.backbone, self.hparams, self.mean, self.std)
+        if described is not None:
+            checkpoint["backbone"] = described
+        checkpoint["classes"] = self.classes
+        checkpoint["pretrained_from"] = self.checkpoint
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the data has other classes than the checkpoint.
+        """
+        self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
+
+
+def window_size(backbone: Any, given: int | Grid | None) -> Grid:
+    """(H, W) of a window: the given, or the size that the backbone was built for.
+
+    Raises:
+        ValueError: they differ, in a backbone with fixed positions; or there is neither.
+    """
+    built = built_size(backbone)
+    if given is None:
+        if built is None:
+            raise ValueError(
+                f"model.crop_size is missing: {type(backbone).__name__} takes any size (ADE20K's protocol has 512)"
+            )
+        return built
+    size = pair(given)
+    if min(size) < 1:
+        raise ValueError(f"model.crop_size is {by(size)}, but it is at least 1")
+    if built is not None and size != built and backbone.patch_embed.strict_img_size:
+        raise ValueError(
+            f"model.crop_size is {by(size)}, but the backbone was built for {by(built)} pixels: set img_size in "
+            f"model.model_args to {size[0] if size[0] == size[1] else list(size)}"
+        )
+    return size
+
+
+def built_size(backbone: Any) -> Grid | None:
+    """(H, W) that a timm model was built for; None of one that has no such size, as a ConvNeXt."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return None if size is None else pair(size)
+
+
+def share_indices(module: nn.Module) -> None:
+    """Lets all blocks have one table of which relative position is where: it is the square of the number of tokens."""
+    indexed: list[Any] = [part for part in module.modules() if getattr(part, "relative_position_index", None) is not None]
+    for part in indexed[1:]:
+        part.relative_position_index = indexed[0].relative_position_index
+
+
+def pair(size: Any) -> Grid:
+    """A side, or two, as (H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side that is at least as long as one; the last ends where the side does."""
+    return [min(step * stride, side - window) for step in range(math.ceil((side - window) / stride) + 1)]
+
+
+def enlarged(maps: Tensor, size: Grid) -> Tensor:
+    """[b c h w] -> [b c H W] in float32, bilinear, corners not aligned."""
+    return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+
+
+def rescaled(images: Tensor, size: Grid) -> Tensor:
+    """[b 3 H W] -> [b 3 H' W'], bilinear, smoothed where it becomes smaller."""
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def likeliest(logits: Tensor, size: Grid) -> Tensor:
+    """[b classes h w] -> the label [b H W] of the highest logit at another size, enlarging only a few classes at once."""
+    best = enlarged(logits[:, :1], size)[:, 0]
+    labels = torch.zeros_like(best, dtype=torch.long)
+    for first in range(1, logits.shape[1], 8):
+        value, label = enlarged(logits[:, first : first + 8], size).max(1)
+        higher = value > best
+        best, labels = torch.where(higher, value, best), torch.where(higher, label + first, labels)
+    return labels
+
+
+def table(names: list[str], iou: list[float], accuracy: list[float], share: list[float]) -> str:
+    """A line a class: its IoU, its accuracy, and its share of the labelled pixels; nothing of an absent one."""
+
+    def number(value: float) -> str:
+        return f"{'-':>7}" if math.isnan(value) else f"{value:7.4f}"
+
+    width = max(len("class"), *map(len, names))
+    rows = zip(names, iou, accuracy, share, strict=True)
+    head = f"{'class':{width}}     IoU     Acc   pixels"
+    return "\n".join([head, *(f"{name:{width}} {number(i)} {number(a)} {s:8.2%}" for name, i, a, s in rows)])

@@ -1,0 +1,374 @@
+"""`unimim segment fit|validate|predict` and conf/segment: what is written, what a checkpoint knows, mistakes in one line."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from torch.nn import functional as F
+
+from unimim import SegmentationFolderData, UperNetSegmentation
+from unimim.cli import main
+from unimim.commands import finetune, segment
+from unimim.overlays import palette
+
+VIT = "vit_tiny_patch16_224"
+NARROW = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8, "img_size": 32}
+CLASSES = ["background", "ant", "bee", "cat"]
+SEGMENT = sorted((ROOT / "conf" / "segment").glob("*.yaml"))
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def pictures(root: Path, count: int, suffix: str = "jpg", name: str = "") -> None:
+    """Noisy photos, no squares, with a bright block."""
+    root.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(count)
+    for i in range(count):
+        pixels = generator.integers(0, 120, (40 + 3 * i, 60 - i, 3), dtype=np.uint8)
+        pixels[10:25, 5 + i : 30 + i] += 100
+        Image.fromarray(pixels).save(root / f"{name}{i}.{suffix}")
+
+
+def labelled(root: Path, train: int, val: int) -> Path:
+    """Images with label PNGs: the block is a class, the rest background, a stripe ignored."""
+    for split, count in (("train", train), ("val", val)):
+        pictures(root / "images" / split, count)
+        folder = root / "labels" / split
+        folder.mkdir(parents=True)
+        for i in range(count):
+            label = np.zeros((40 + 3 * i, 60 - i), np.uint8)
+            label[10:25, 5 + i : 30 + i] = 1 + i % 3
+            label[-4:] = 255
+            Image.fromarray(label).save(folder / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    return root
+
+
+def words_for(root: Path) -> list[str]:
+    options = {"image_size": 32, "batch_size": 2, "num_workers": 0, "resize": [128, 32]}
+    return [
+        "--data=SegmentationFolderData",
+        f"--data.root={root}",
+        *[f"--data.{key}={value}" for key, value in options.items()],
+        *QUIET,
+    ]
+
+
+class Run:
+    """One training on the command line, which several tests look at."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = labelled(folder / "data", train=6, val=5)
+        words = [f"--model.backbone={VIT}", f"--model.model_args={NARROW}", "--model.num_classes=4", "--model.channels=8"]
+        words += ["--model.lr=0.003", "--model.warmup_steps=0", "--model.flip=true", "--model.auxiliary_weight=0"]
+        words += ["--model.stride=11", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
+        self.cli = segment(["fit", *words, *words_for(self.data)])
+        self.reported = {
+            key: float(value) for key, value in self.cli.trainer.callback_metrics.items() if key.startswith("val/")
+        }
+        (self.checkpoint,) = folder.rglob("epoch=*.ckpt")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        yield Run(folder)
+
+
+def test_segment_fit(run: Run) -> None:
+    version = run.folder / "outputs" / "segment" / "version_0"
+    assert run.cli.trainer.global_step == 6
+    assert run.checkpoint.is_relative_to(version)
+    assert (version / "config.yaml").is_file()
+    rows = list(csv.DictReader((version / "metrics.csv").open()))
+    assert len([row for row in rows if row["train/loss"]]) == 6
+    assert run.reported.keys() == {"val/miou", "val/macc", "val/aacc", "val/miou_foreground"}
+    assert [float(row["val/miou"]) for row in rows if row["val/miou"]][-1] == pytest.approx(run.reported["val/miou"])
+
+
+def test_segment_validate_repeats_what_training_reported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """With nothing but the checkpoint, which also knows the head, the stride and that images are flipped."""
+    cli = segment(["validate", f"--ckpt_path={run.checkpoint}", *words_for(run.data)])
+    measured = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+    assert measured == pytest.approx(run.reported)
+    assert (cli.model.stride, cli.model.flip, cli.model.auxiliary_head) == ((11, 11), True, None)
+    assert re.search(r"^class +IoU +Acc +pixels\nbackground +0\.\d+", capsys.readouterr().out, re.M)
+
+
+def test_what_is_given_counts(run: Run) -> None:
+    cli = segment(
+        ["validate", f"--ckpt_path={run.checkpoint}", "--model.flip=false", "--model.stride=32", *words_for(run.data)]
+    )
+    assert (cli.model.stride, cli.model.flip) == ((32, 32), False)
+    cli = segment(["validate", f"--ckpt_path={run.checkpoint}", "--model.channels=16", *words_for(run.data)])
+    assert cli.model.head.fuse[0].out_channels == 8  # the layers are those of the checkpoint
+
+
+def test_segment_validate_with_the_runs_own_config(run: Run) -> None:
+    config = run.folder / "outputs" / "segment" / "version_0" / "config.yaml"
+    cli = segment(["validate", f"--config={config}", f"--ckpt_path={run.checkpoint}"])
+    assert float(cli.trainer.callback_metrics["val/miou"]) == pytest.approx(run.reported["val/miou"])
+
+
+def test_a_run_goes_on(run: Run) -> None:
+    words = [
+        "--model.warmup_steps=0",
+        "--trainer.max_epochs=3",
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+    ]
+    cli = segment(["fit", f"--ckpt_path={run.checkpoint}", *words, *words_for(run.data)])
+    assert cli.trainer.global_step == 9
+    assert cli.model.lr == pytest.approx(0.003)
+
+
+def test_segment_predict_writes_overlays_and_label_maps(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name in two folders, and with two endings in one, are different photos."""
+    photos, output = tmp_path / "photos", tmp_path / "predicted"
+    pictures(photos, 3)
+    pictures(photos, 1, "png")
+    pictures(photos / "more", 2)
+    output.mkdir()  # empty
+    written = []
+    write = UperNetSegmentation.write_prediction
+
+    def watch(self: Any, image: Any, labels: Any, destination: Path) -> None:
+        write(self, image, labels, destination)
+        written.append(len(list(output.rglob("*_labels.png"))))
+
+    monkeypatch.setattr(UperNetSegmentation, "write_prediction", watch)
+    words = ["predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), f"--output={output}"]
+    cli = segment(words)
+    assert written == [1, 2, 3, 4, 5, 6]  # one by one
+    assert not cli.trainer.predict_loop.predictions
+    assert f"6 photos: {output}" in capsys.readouterr().out
+    names = {"0.jpg": "0.jpg", "0.png": "0.png", "1.jpg": "1", "2.jpg": "2", "more/0.jpg": "more/0", "more/1.jpg": "more/1"}
+    expected = {f"{name}_{kind}.png" for name in names.values() for kind in ("overlay", "labels")}
+    assert {str(file.relative_to(output)) for file in output.rglob("*.png")} == expected
+    model = UperNetSegmentation.load_from_checkpoint(run.checkpoint, weights_only=True).eval()
+    for photo, name in names.items():
+        pixels = torch.from_numpy(np.array(Image.open(photos / photo))).movedim(-1, 0)[None] / 255
+        height, width = pixels.shape[-2:]
+        factor = 32 / min(height, width)
+        seen = F.interpolate(pixels, (round(height * factor), round(width * factor)), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            labels = F.interpolate(model(seen), (height, width), mode="bilinear").argmax(1)[0]
+        picture = Image.open(output / f"{name}_labels.png")
+        assert picture.mode == "L"
+        assert np.mean(np.array(picture) != labels.numpy()) < 0.002  # ties in rounding
+        overlay = np.array(Image.open(output / f"{name}_overlay.png"))[:height, :width]
+        blended = (pixels[0].movedim(0, -1).numpy() * 255 + palette(4)[torch.from_numpy(np.array(picture)).long()].numpy()) / 2
+        assert np.abs(overlay - blended).max() <= 1.01
+    before = {file: file.read_bytes() for file in output.rglob("*.png")}
+    with pytest.raises(SystemExit, match=r"^unimim: error: output: .*predicted is no empty folder, and is not overwritten"):
+        main(["segment", *words])
+    assert {file: file.read_bytes() for file in output.rglob("*.png")} == before
+
+
+def test_segment_predict_leaves_out_a_photo_that_was_skipped(run: Run, tmp_path: Path) -> None:
+    photos, output = tmp_path / "photos", tmp_path / "predicted"
+    pictures(photos, 4)
+    (photos / "2.jpg").write_bytes(b"no image")
+    words = ["predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), f"--output={output}"]
+    with pytest.warns(UserWarning, match="2.jpg"):
+        segment([*words, "--data.on_bad_image=skip"])
+    assert sorted(file.name for file in output.glob("*_labels.png")) == ["0_labels.png", "1_labels.png", "3_labels.png"]
+    assert Image.open(output / "3_labels.png").size == Image.open(photos / "3.jpg").size
+
+
+# Mistakes
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line with which a wrong command ends."""
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert isinstance(end.value.code, str), capsys.readouterr().err
+    assert "\n" not in end.value.code
+    assert end.value.code.startswith("unimim: error: ")
+    assert "Traceback" not in capsys.readouterr().err
+    return end.value.code
+
+
+NAMED = [f"--model.backbone={VIT}", "--model.num_classes=4", f"--model.model_args={NARROW}", "--model.channels=8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["segment", "fit"], "model.backbone is missing: a timm name"),
+        (["segment", "fit", *NAMED, "--model.checkpoint=nowhere.ckpt"], "there is no file nowhere.ckpt to read weights from"),
+        (
+            ["segment", "fit", *NAMED, "--model.checkpoint=TUNED"],
+            "is a checkpoint of segmentation, whose backbone has no final",
+        ),
+        (["segment", "fit", *NAMED, "--model.num_classes=5"], "the data has 4 classes, the head 5: set model.num_classes to 4"),
+        (["segment", "fit", *NAMED, "--model.crop_size=64"], "model.crop_size is 64x64, but the backbone was built for 32x32"),
+        (["segment", "fit", *NAMED, "--data.image_size=48"], "images are 48x48 pixels, but the backbone was built for 32x32"),
+        (["segment", "fit", *NAMED, "--data.batch_size=1"], "data.batch_size is 1, but UperNet's pool of 1x1"),
+        (["segment", "fit", *NAMED, "--model.inference=slid"], "inference"),
+        (
+            ["segment", "fit", *NAMED, "--model.layer_deccay=1"],
+            "no option --model.layer_deccay. Did you mean '--model.layer_dec",
+        ),
+        (["segment", "fit", "--model.backbone=resnet18.a1", "--model.crop_size=32"], "timm has no weights 'resnet18.a1'"),
+        (["segment", "fit", *NAMED, "--data.root=nowhere"], "nowhere"),
+        (["segment", "validate"], "ckpt_path is missing: validate needs --ckpt_path FILE of a segmentation"),
+        (["segment", "validate", "--ckpt_path=nowhere.ckpt"], "ckpt_path: nowhere.ckpt does not exist"),
+        (["segment", "validate", "--ckpt_path=CLASSIFIER"], "is no checkpoint of segmentation that names its backbone"),
+        (["segment", "predict", "--ckpt_path=TUNED", "--output=nowhere/a"], "output: there is no folder nowhere"),
+        (["segment", "predict", "--ckpt_path=TUNED", "--data.root=nowhere"], "data.root: there is no folder nowhere"),
+        (["segment", "predict", "--ckpt_path=TUNED", "--output=classifier.ckpt"], "output: classifier.ckpt is no empty folder"),
+        (["finetune", "validate", "--ckpt_path=TUNED"], "is no checkpoint of fine-tuning that names its backbone"),
+        (["segment", "vlaidate"], "there is no subcommand of segment 'vlaidate'. Did you mean 'validate'?"),
+    ],
+    ids=lambda value: " ".join(word for word in value if word not in NAMED) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    described = {"name": VIT, "model_args": {"num_classes": 4}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    torch.save({"state_dict": {"backbone.a": torch.zeros(1)}, "backbone": described, "classes": CLASSES}, "classifier.ckpt")
+    words = [word.replace("TUNED", str(run.checkpoint)).replace("CLASSIFIER", "classifier.ckpt") for word in words]
+    off = ["--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    assert expected in mistake(capsys, *words[:2], *words_for(run.data), *off, *words[2:])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_fine_tuned_classifier_is_validated_as_before(run: Run, tmp_path: Path) -> None:
+    """`finetune` and `segment` take each its own checkpoints."""
+    root = tmp_path / "classes"
+    for name in ("ant", "bee"):
+        for split in ("train", "val"):
+            pictures(root / split / name, 3)
+    words = ["--data=ClassFolderData", f"--data.root={root}", "--data.image_size=32", "--data.batch_size=3"]
+    words += ["--data.num_workers=0", "--model.warmup_epochs=0", f"--trainer.default_root_dir={tmp_path}", *QUIET]
+    keeper = ["--trainer.callbacks=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}"]
+    fit = [f"--model.backbone={VIT}", f"--model.model_args={NARROW}", "--model.num_classes=2", "--trainer.max_epochs=1"]
+    reported = finetune(["fit", *words, *fit, *keeper, "--trainer.logger=false"]).trainer.callback_metrics["val/acc1"]
+    (path,) = tmp_path.glob("*.ckpt")
+    cli = finetune(["validate", *words, f"--ckpt_path={path}", "--trainer.logger=false"])
+    assert cli.trainer.callback_metrics["val/acc1"] == reported
+
+
+# conf/segment
+
+
+every_file = pytest.mark.parametrize("path", SEGMENT, ids=lambda path: path.stem)
+
+
+def recipe(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def test_there_are_the_files() -> None:
+    assert {path.stem for path in SEGMENT} == {"upernet_vit_base", "upernet_vit_large", "upernet_swin_base", "sample"}
+
+
+@every_file
+def test_the_header_is_a_lab_note(path: Path) -> None:
+    """Its own path in the command; devices times batch are the images a step that it speaks of."""
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"^# Reported: \S", header, re.M)
+    assert re.search(r"Ours: \S", header)
+    (command,) = re.findall(r"^#   unimim (\w+) fit .*conf/(\S+)", header, re.M)
+    assert command == ("segment", f"segment/{path.name}")
+    if path.stem == "sample":
+        return
+    config = recipe(path)
+    (devices,) = re.findall(r"--trainer\.devices (\d+)", header)
+    (images, told, each) = re.findall(r"\((\d+) images a step, here as (\d+) devices x (\d+)", header)[0]
+    batch = config["data"]["init_args"]["batch_size"]
+    assert (told, int(each)) == (devices, batch)
+    assert int(images) == int(devices) * batch == config["model"]["recipe_batch"]
+    assert re.search(rf"lr: .*absolute, at {images} images a step", path.read_text())
+
+
+SOURCE = {  # lr, layer decay, drop path, width, weight decay: BEiT v2's official configs, and Swin's
+    "upernet_vit_base": (5e-5, 0.75, 0.15, 768, 0.05),
+    "upernet_vit_large": (4e-5, 0.9, 0.2, 1024, 0.05),
+    "upernet_swin_base": (6e-5, 1.0, 0.3, 512, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_recipes_are_the_published_ones(name: str) -> None:
+    config = recipe(ROOT / "conf" / "segment" / f"{name}.yaml")
+    model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
+    found = (model["lr"], model["layer_decay"], model["model_args"]["drop_path_rate"], model["channels"], model["weight_decay"])
+    assert found == SOURCE[name]
+    assert (model["warmup_steps"], model["warmup_ratio"], model["power"], model["auxiliary_weight"]) == (1500, 1e-6, 1.0, 0.4)
+    assert model["betas"] == [0.9, 0.999]
+    assert (data["batch_size"], data["image_size"], model["model_args"]["img_size"]) == (2, 512, 512)
+    assert (data["resize"], data["scale"], data["flip"]) == ([2048, 512], [0.5, 2.0], 0.5)
+    assert (trainer["max_steps"], trainer["val_check_interval"], trainer["sync_batchnorm"]) == (160_000, 16_000, True)
+    assert "gradient_clip_val" not in trainer
+    if "vit" in name:
+        assert (model["inference"], model["crop_size"], model["stride"]) == ("slide", 512, 341)
+        assert model["blocks"] == {"base": [3, 5, 7, 11], "large": [7, 11, 15, 23]}[name.split("_")[-1]]
+        assert model["model_args"]["init_values"] == {"base": 0.1, "large": 1e-6}[name.split("_")[-1]]
+        assert model["model_args"]["use_rel_pos_bias"]
+        assert not model["model_args"]["use_abs_pos_emb"]
+    else:
+        assert model["inference"] == "whole"
+
+
+@pytest.fixture(scope="module")
+def small_ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = labelled(tmp_path_factory.mktemp("ade20k"), train=4, val=1)
+    for kind, now in (("images", "images"), ("labels", "annotations")):
+        for split, published in (("train", "training"), ("val", "validation")):
+            (root / now).mkdir(exist_ok=True)
+            (root / kind / split).rename(root / now / published)
+    for path in root.rglob("annotations/*/*.png"):
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label == 255, 0, label + 1).astype(np.uint8)).save(path)
+    rows = [f"{i + 1}\t0.1\t1\t1\tthing {i}, object" for i in range(150)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]))
+    return root
+
+
+@every_file
+def test_two_steps_and_a_validation_at_small_width(
+    path: Path, small_ade20k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of the file but its width and its length; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    config = recipe(path)
+    words = ["fit", f"--config={path}", *QUIET, "--trainer.max_epochs=-1", "--trainer.max_steps=2", "--model.channels=8"]
+    words += ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.val_check_interval=2"]
+    words += ["--trainer.check_val_every_n_epoch=null", "--trainer.num_sanity_val_steps=0"]
+    if path.stem == "sample":
+        words += [f"--data.root={ROOT / 'data'}", "--data.train_scenes=64", "--data.val_scenes=8"]
+        narrow: dict[str, Any] = {}
+    else:
+        words += [f"--data.root={small_ade20k}", "--data.num_workers=0"]
+        swin = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+        narrow = swin if "swin" in path.stem else {"embed_dim": 24, "depth": 4, "num_heads": 2}
+        words += [] if "swin" in path.stem else ["--model.blocks=[0, 1, 2, 3]"]
+    model_args = {**config["model"]["model_args"], **narrow}
+    cli = segment([*words, f"--model.model_args={yaml.safe_dump(model_args, default_flow_style=True).strip()}"])
+    assert cli.trainer.global_step == 2
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    assert 0 <= cli.trainer.callback_metrics["val/miou"] <= 1
+    assert isinstance(cli.datamodule, SegmentationFolderData) == (path.stem != "sample")
+    assert list(tmp_path.iterdir()) == []
