@@ -420,6 +420,7 @@ def test_a_swin_that_takes_one_size_says_so() -> None:
 @pytest.mark.parametrize(("scales", "flip"), [((1.0,), True), ((0.5, 1.0, 1.75), False), ((0.75, 1.25), True)])
 def test_scales_and_flips_average_probabilities(scales: tuple[float, ...], flip: bool) -> None:
     model, plain = tiny(scales=scales, flip=flip).eval(), tiny().eval()
+    model.head.classifier.weight.data.mul_(20)  # so that probabilities are no nearly linear function of the logits
     plain.load_state_dict(model.state_dict())
     images = torch.rand(2, 3, 40, 52)
     probabilities = []
@@ -445,9 +446,14 @@ def test_the_likeliest_label_at_another_size() -> None:
 def test_a_photo_is_seen_at_the_size_of_a_validation() -> None:
     """A shorter side of one window, but a longer of at most four; labels at the photo's own size."""
     model = tiny().eval()
+    model.pyramid, model.head = nn.Identity(), Positions()
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     for size, expected in {(96, 120): (32, 40), (20, 16): (40, 32), (30, 300): (13, 128), (32, 32): (32, 32)}.items():
         photo = torch.rand(1, 3, *size)
         labels = model.predict_step(photo, 0)
+        assert seen[-1].shape[-2:] == expected
+        assert len(labels.unique()) > 1
         scaled = F.interpolate(photo, expected, mode="bilinear", antialias=True) if size != expected else photo
         with torch.no_grad():
             assert torch.equal(labels, F.interpolate(model(scaled), size, mode="bilinear").argmax(1))
@@ -544,10 +550,12 @@ def test_without_a_background_there_is_no_foreground() -> None:
 
 def test_metrics_are_taken_at_the_labels_size() -> None:
     model = tiny()
+    model.pyramid, model.head = nn.Identity(), Positions()
     images, labels = torch.rand(1, 3, 40, 60), torch.randint(0, 5, (1, 57, 91))
     pl.Trainer(**QUIET).validate(model, DataLoader(TensorDataset(images, labels)), verbose=False)
     with torch.no_grad():
         said = F.interpolate(model.eval()(images), (57, 91), mode="bilinear", align_corners=False).argmax(1)
+    assert len(said.unique()) > 1
     assert model.iou.tolist() == pytest.approx(counted([said], [labels])[0], nan_ok=True, abs=1e-6)
 
 
