@@ -1,7 +1,6 @@
 """Checkpoints that travel: conversions by reference, published layouts with every key accounted for, wrong files refused."""
 
 import argparse
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -214,8 +213,6 @@ def test_swin_and_another_patch_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["vit", "beit_shared_bias"])
 def test_grids_that_are_no_square(tmp_path: Path, kind: str) -> None:
     """The checkpoint says its grid: turned, it has as many patches, and is not the same."""
-    if "old_window_size" not in inspect.signature(timm.layers.resize_rel_pos_bias_table).parameters:
-        pytest.skip("needs timm 1.0.31")
     name, model_args = TINY[kind]
     path, _ = saved(tmp_path / "wide.ckpt", name, {**model_args, "img_size": [16, 64]})
     assert not load_backbone(path).load_report.resized

@@ -166,6 +166,18 @@ def test_where_nothing_counts_the_loss_is_zero_and_has_gradients() -> None:
         assert not parameter.grad.any(), name
 
 
+class Skipping(Scenes):
+    """Files of which some could not be read."""
+
+    def tell_unreadable(self) -> None:
+        print("1 of 9 image files")
+
+
+def test_an_epoch_ends_with_the_count_of_unreadable_files(capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(tiny(), Skipping(), max_epochs=2, limit_val_batches=0)
+    assert capsys.readouterr().out.count("1 of 9 image files") == 2
+
+
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_step_at_512_pixels(kind: str) -> None:
     name, model_args = BACKBONES[kind]

@@ -305,8 +305,8 @@ def resize(name: str, value: Tensor, wanted: Tensor, backbone: Any, grid: Grid |
         prefix = len(wanted) - new[0] * new[1]
         old = old_size(len(value) - prefix, grid and (2 * grid[0] - 1, 2 * grid[1] - 1), new)
         if old and old != new:
-            known = {} if old[0] == old[1] else {"old_window_size": ((old[0] + 1) // 2, (old[1] + 1) // 2)}  # timm 1.0.31
-            fitted = resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=tuple(wanted.shape), **known)
+            trained = (old[0] + 1) // 2, (old[1] + 1) // 2
+            fitted = resize_rel_pos_bias_table(value, window, tuple(wanted.shape), old_window_size=trained)
             note = f"table of {by(old)} to {by(new)}, linear between geometrically spaced positions"
     return (fitted, note) if fitted.shape == wanted.shape else (value, "")
 

@@ -367,12 +367,12 @@ class SegmentCLI(WholeModelCLI):
         super().before_predict()
         self.config_init.predict.return_predictions = False  # they are written one by one
         trainer: Any = self.trainer
-        trainer.callbacks.append(WritePhotos(Path(self.config.predict.output)))
+        self.writer = WritePhotos(Path(self.config.predict.output))
+        trainer.callbacks.append(self.writer)
 
     def after_predict(self) -> None:
         """Says where the pictures are."""
-        images = self.datamodule.splits["predict"]
-        print_once(f"{len(images.files) - int(images.unreadable.sum())} photos: {self.config.predict.output}")
+        print_once(f"{self.writer.written} photos: {self.config.predict.output}")
 
 
 class WritePhotos(pl.Callback):
@@ -383,6 +383,7 @@ class WritePhotos(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.written = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -405,6 +406,7 @@ class WritePhotos(pl.Callback):
             return
         model: Any = pl_module
         model.write_prediction(batch[0], outputs[0], self.folder / self.names[batch_idx])
+        self.written += 1
 
 
 class ProbeCLI(TaskCLI):

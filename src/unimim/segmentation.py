@@ -191,6 +191,12 @@ class UperNetSegmentation(pl.LightningModule):
         """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
         return (images - self.mean) / self.std
 
+    def on_train_epoch_end(self) -> None:
+        """Lets data that skips unreadable files say how many."""
+        tell = getattr(getattr(self.trainer, "datamodule", None), "tell_unreadable", None)
+        if tell is not None:
+            tell()
+
     # Its answers
 
     def forward(self, images: Tensor) -> Tensor:

@@ -68,8 +68,6 @@ class FeaturePyramid(nn.Module):
                 raise ValueError(f"{name} is hierarchical and gives its last four stages: blocks are for a ViT, BEiT or EVA")
         self.channels: list[int] = [features[index]["num_chs"] for index in self.indices]
         backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        if hasattr(backbone, "head"):
-            backbone.head = nn.Identity()  # timm 1.0.20 leaves the norm of a ConvNeXt's head
         if checkpointing:
             try:
                 backbone.set_grad_checkpointing(True)

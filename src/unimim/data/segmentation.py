@@ -137,10 +137,14 @@ class SegmentationFolderData(pl.LightningDataModule):
         pairs = image_label_pairs(images, labels)
         return LabelledImageFiles(pairs, transform, len(self.classes), self.first_value, self.ignored_value, self.on_bad_image)
 
-    def teardown(self, stage: str) -> None:
+    def tell_unreadable(self) -> None:
+        """Warns of how many files of each split could not be read so far (`on_bad_image: skip`)."""
         for split, images in self.splits.items():
             if skipped := int(images.unreadable.sum()):
                 rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+
+    def teardown(self, stage: str) -> None:
+        self.tell_unreadable()
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
