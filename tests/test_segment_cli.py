@@ -116,8 +116,59 @@ def test_what_is_given_counts(run: Run) -> None:
         ["validate", f"--ckpt_path={run.checkpoint}", "--model.flip=false", "--model.stride=32", *words_for(run.data)]
     )
     assert (cli.model.stride, cli.model.flip) == ((32, 32), False)
-    cli = segment(["validate", f"--ckpt_path={run.checkpoint}", "--model.channels=16", *words_for(run.data)])
-    assert cli.model.head.fuse[0].out_channels == 8  # the layers are those of the checkpoint
+    words = [
+        "--model.inference=whole",
+        "--model.model_args.dynamic_img_size=true",
+        f"--model.backbone={VIT}",
+        "--model.channels=8",
+    ]
+    cli = segment(["validate", f"--ckpt_path={run.checkpoint}", *words, *words_for(run.data)])
+    assert cli.model.inference == "whole"
+    assert cli.model.pyramid.backbone.dynamic_img_size  # beside the checkpoint's arguments
+    assert cli.model.pyramid.backbone.embed_dim == 24
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--model.backbone=vit_base_patch16_224", f"model.backbone is vit_base_patch16_224, of TUNED it is {VIT}: leave it out"),
+        ("--model.num_classes=7", "model.num_classes is 7, of TUNED it is 4: leave it out"),
+        ("--model.blocks=[0, 1, 2, 3]", "model.blocks is [0, 1, 2, 3], of TUNED it is None: leave it out"),
+        ("--model.channels=16", "model.channels is 16, of TUNED it is 8: leave it out"),
+        ("--model.auxiliary_weight=0.4", "model.auxiliary_weight is 0.4, of TUNED it is 0.0: leave it out"),
+        ("--config=wide.yaml", "model.channels is 16, of TUNED it is 8: leave it out"),
+        ("--model.model_args.embed_dim=48", "TUNED does not fit UperNetSegmentation, nothing was loaded: "),
+    ],
+)
+def test_a_given_layer_is_the_checkpoints_or_refused(
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wide.yaml").write_text("model:\n  channels: 16\n")
+    line = mistake(capsys, "segment", "validate", word, f"--ckpt_path={run.checkpoint}", *words_for(run.data))
+    assert expected.replace("TUNED", str(run.checkpoint)) in line
+
+
+def test_a_swin_that_saw_windows_sees_whole_images_where_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own recipe is given beside it, and what the command line says on top of it counts."""
+    monkeypatch.chdir(tmp_path)
+    data = labelled(tmp_path / "data", train=2, val=2)
+    swin = {"img_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+    words = ["--model.backbone=swin_tiny_patch4_window7_224", f"--model.model_args={swin}", "--model.num_classes=4"]
+    segment(["fit", *words, "--model.channels=8", "--trainer.max_epochs=1", *words_for(data)])
+    (checkpoint,) = tmp_path.rglob("epoch=*.ckpt")
+    config = tmp_path / "outputs" / "segment" / "version_0" / "config.yaml"
+    given = ["--model.inference=whole", "--model.model_args.strict_img_size=false"]
+    for recipe in ([], [f"--config={config}"]):
+        cli = segment(["validate", *recipe, f"--ckpt_path={checkpoint}", *given, *words_for(data)])
+        assert cli.model.inference == "whole"
+        assert not cli.model.pyramid.backbone.patch_embed.strict_img_size
+        assert cli.model.pyramid.backbone.embed_dim == 8
 
 
 def test_segment_validate_with_the_runs_own_config(run: Run) -> None:

@@ -108,7 +108,7 @@ def describe_network(backbone: Any, given: Mapping[str, Any], mean: Tensor, std:
 
 
 def agreeing_classes(ours: list[str], theirs: list[str]) -> list[str]:
-    """The names of the classes in a checkpoint.
+    """The names of the classes in a checkpoint, or the data's where it has none.
 
     Raises:
         ValueError: the data, whose are `ours`, has other ones.
@@ -118,7 +118,7 @@ def agreeing_classes(ours: list[str], theirs: list[str]) -> list[str]:
             raise ValueError(
                 f"class {label} of the data is {of_data!r}, of the checkpoint {of_checkpoint!r}: the labels would not agree"
             )
-    return theirs
+    return theirs or ours
 
 
 def load_backbone(source: str | Path, backbone: str | None = None, strict: bool = True, **model_args: Any) -> Any:

@@ -22,7 +22,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
-from unimim.backbones import description, read_file
+from unimim.backbones import description, load_strictly, read_file
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.finetuning import FineTuning
@@ -255,9 +255,15 @@ class WholeModelCLI(TaskCLI):
     """Data that takes a folder of photos."""
     usage: str
     """Which commands take its checkpoint."""
+    weights: dict[str, Any] | None = None
+    """Those of the checkpoint, until it is known that they fit."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A checkpoint of the task says which model it holds, so that no other file is needed."""
+        """A checkpoint of the task says which model it holds, so that no other file is needed.
+
+        Arguments of the backbone that are given count beside the checkpoint's, as far as its weights fit them; a layer that is
+        given has to be the checkpoint's.
+        """
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.ckpt_path is None and self.config.subcommand != "fit":
@@ -272,19 +278,35 @@ class WholeModelCLI(TaskCLI):
                 f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of {self.task} that names its backbone (one of "
                 f"pretraining is given as --model.checkpoint)"
             )
-        config.model.backbone = described["name"]
-        config.model.model_args = described["model_args"]
-        config.model.checkpoint = None  # the weights come from ckpt_path
         given = parser.parse_args(args, defaults=False)[self.config.subcommand].get("model", Namespace())
-        self.complete(config.model, given, content)
+        layers = {"backbone": described["name"], **self.layers(content)}
+        for key, value in layers.items():
+            if key in given and given[key] != value:
+                sys.exit(f"unimim: error: model.{key} is {given[key]}, of {config.ckpt_path} it is {value}: leave it out")
+        for key, value in {**self.remembered(content, given), **layers}.items():
+            config.model[key] = value
+        config.model.model_args = {**described["model_args"], **(given.get("model_args") or {})}
+        config.model.checkpoint = None  # the weights come from ckpt_path
+        self.weights = content["state_dict"]
+
+    def instantiate_classes(self) -> None:
+        """Refuses, in one line, a checkpoint that does not fit the arguments of the backbone that are given beside it."""
+        super().instantiate_classes()
+        if self.weights is not None:
+            load_strictly(self.model, self.weights, self.config[self.subcommand].ckpt_path)
+            self.weights = None
 
     def holds(self, content: dict[str, Any]) -> bool:
         """Whether a checkpoint that names its backbone is one of the task."""
         raise NotImplementedError
 
-    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
-        """Takes the rest of the model's arguments from its checkpoint; `given` are those of the user."""
+    def layers(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a checkpoint's model that make its layers, but for the backbone's."""
         raise NotImplementedError
+
+    def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
+        """Other arguments that are taken from a checkpoint's model where they are not `given`."""
+        return {}
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "predict":
@@ -325,8 +347,8 @@ class FinetuneCLI(WholeModelCLI):
     def holds(self, content: dict[str, Any]) -> bool:
         return "classes" in content and bool(content["backbone"]["model_args"].get("num_classes"))
 
-    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
-        model.num_classes = content["backbone"]["model_args"]["num_classes"]
+    def layers(self, content: dict[str, Any]) -> dict[str, Any]:
+        return {"num_classes": content["backbone"]["model_args"]["num_classes"]}
 
     def after_predict(self) -> None:
         """Writes the predictions."""
@@ -350,12 +372,12 @@ class SegmentCLI(WholeModelCLI):
     def holds(self, content: dict[str, Any]) -> bool:
         return any(key.startswith(SEGMENTATION) for key in content["state_dict"])
 
-    def complete(self, model: Namespace, given: Namespace, content: dict[str, Any]) -> None:
-        """What is not given is as it was in training; the layers are so in any case."""
-        layers = ("num_classes", "blocks", "channels", "auxiliary_weight")
-        for key, value in content["hyper_parameters"].items():
-            if key in model and key not in ("backbone", "model_args", "checkpoint") and (key in layers or key not in given):
-                model[key] = value
+    def layers(self, content: dict[str, Any]) -> dict[str, Any]:
+        return {key: content["hyper_parameters"][key] for key in ("num_classes", "blocks", "channels", "auxiliary_weight")}
+
+    def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
+        known = inspect.signature(UperNetSegmentation).parameters
+        return {key: value for key, value in content["hyper_parameters"].items() if key in known and key not in given}
 
     def check_output(self, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -376,7 +398,7 @@ class SegmentCLI(WholeModelCLI):
 
 
 class WritePhotos(pl.Callback):
-    """Writes the pictures of each photo once it is predicted, in the same subfolders as the photos are.
+    """Writes the pictures of each photo once it is predicted, in the same subfolders as the photos are in the data's root.
 
     Photos of one folder that differ only in their ending keep it in the names of their pictures.
     """
@@ -388,8 +410,7 @@ class WritePhotos(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.photos = data.splits["predict"]
-        root = Path(os.path.commonpath([file.parent for file in self.photos.files]))
-        paths = [file.relative_to(root) for file in self.photos.files]
+        paths = [file.relative_to(data.root) for file in self.photos.files]
         stems = Counter(path.with_suffix("") for path in paths)
         self.names = [path if stems[path.with_suffix("")] > 1 else path.with_suffix("") for path in paths]
 

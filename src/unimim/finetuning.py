@@ -90,7 +90,9 @@ class FineTuning(pl.LightningModule):
                 f"model: min_lr and warmup_lr within 0 to lr, head_init_scale within 0 to 1; got {min_lr}, {warmup_lr} with lr "
                 f"{lr}, {head_init_scale}"
             )
-        self.checkpoint = checkpoint
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
+        self.checkpoint = self.pretrained_from = checkpoint
         self.backbone: Any = backbone
         if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
             raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
@@ -224,15 +226,17 @@ class FineTuning(pl.LightningModule):
         if described is not None:
             checkpoint["backbone"] = described
         checkpoint["classes"] = self.classes
-        checkpoint["pretrained_from"] = self.checkpoint
+        checkpoint["pretrained_from"] = self.pretrained_from
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
+        """Takes the names of the classes from it, and where its training began.
+
         Raises:
             ValueError: the data has other classes than the checkpoint.
         """
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
+        self.pretrained_from = checkpoint.get("pretrained_from")
 
     def write_predictions(
         self, files: list[Path], batches: list[tuple[Tensor, Tensor]], destination: Path, unreadable: list[bool]

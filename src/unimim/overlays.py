@@ -7,7 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-LEVELS = 8
+SHADES = 8
 """Of red, green and blue: the colours that are chosen from."""
 DARK = 0.4
 """OKLab's lightness, from 0 to 1, below which a colour is dark."""
@@ -22,13 +22,13 @@ def palette(count: int) -> Tensor:
     Raises:
         ValueError: there are not so many colours.
     """
-    side = torch.linspace(0, 1, LEVELS)
+    side = torch.linspace(0, 1, SHADES)
     colors = torch.cartesian_prod(side, side, side)
     colors = colors[oklab(colors)[:, 0] > DARK]
     if not 0 < count <= len(colors):
         raise ValueError(f"there are colours for 1 to {len(colors)} classes, not for {count}")
     places = oklab(colors)
-    chosen = [int((colors - side[LEVELS // 2]).norm(dim=1).argmin())]
+    chosen = [int((colors - side[SHADES // 2]).norm(dim=1).argmin())]
     distance = (places - places[chosen[0]]).norm(dim=1)
     while len(chosen) < count:
         chosen.append(int(distance.argmax()))

@@ -20,11 +20,11 @@ from unimim.checkpoint import agreeing_classes, by, describe_network, load_backb
 from unimim.interfaces import IGNORED, Grid
 from unimim.optim import fitting_lr, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
-from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead
+from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
 
 AUXILIARY_CHANNELS = 256
 AUXILIARY_LEVEL = 2
-KEPT_SIZES = 4
+KEPT_SIZES = 2
 """Of whole images, for which a resized backbone is kept."""
 
 
@@ -57,9 +57,12 @@ class UperNetSegmentation(pl.LightningModule):
         power: of the poly schedule, which ends in 0.
         inference: "slide" averages the logits of windows; "whole" takes the image at once, with a backbone that accepts its
             size: Swin with `strict_img_size: false`, ViT, BEiT and EVA (whose positions are resized), ConvNeXt, ResNet.
-        crop_size: side of a window in pixels, or (H, W); None is the size that the backbone was built for.
+        crop_size: side of a window in pixels, or (H, W); None is the size that the backbone was built for. A user's own
+            backbone of a fixed size that does not tell it, such as a Hiera, has this one.
         stride: from one window to the next in pixels; None is two thirds of the window, rounded down (341 of 512).
-        scales: each image is also seen at these scales (mmsegmentation: 0.5 to 1.75), and the probabilities are averaged.
+        scales: each image is seen at these scales of the size that the data has fitted it to, and the probabilities are averaged
+            at that size. (mmsegmentation, whose scales are 0.5 to 1.75, resizes the original image to each, and averages at the
+            original's size.)
         flip: and mirrored.
 
     Attributes:
@@ -107,6 +110,10 @@ class UperNetSegmentation(pl.LightningModule):
                 f"model: num_classes within 2 to {IGNORED} ({IGNORED} is ignored), channels and recipe_batch at least 1; got "
                 f"{num_classes}, {channels}, {recipe_batch}"
             )
+        if inference not in ("slide", "whole"):
+            raise ValueError(f"model.inference is slide or whole, got {inference!r}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
         if not lr > 0 or not 0 < layer_decay <= 1 or min(weight_decay, auxiliary_weight) < 0 or not 0 <= dropout < 1:
             raise ValueError(
                 f"model: lr above 0, layer_decay within 0 to 1, weight_decay and auxiliary_weight not below 0, dropout within "
@@ -119,8 +126,9 @@ class UperNetSegmentation(pl.LightningModule):
             )
         if not scales or min(scales) <= 0:
             raise ValueError(f"model.scales are one or more factors above 0, got {list(scales)}")
-        self.checkpoint = checkpoint
+        self.checkpoint = self.pretrained_from = checkpoint
         network: Any = backbone
+        told = crop_size
         if backbone is None:  # it has a default so that a checkpoint of segmentation can say it on the command line
             raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
         if isinstance(backbone, str):
@@ -130,6 +138,7 @@ class UperNetSegmentation(pl.LightningModule):
             else:
                 network = load_backbone(checkpoint, backbone=backbone, **given)
                 given = network.load_report.backbone["model_args"]  # with those it was pretrained with
+            told = given.get("img_size")
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
@@ -147,12 +156,14 @@ class UperNetSegmentation(pl.LightningModule):
         self.betas, self.weight_decay = betas, weight_decay
         self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
         self.inference, self.scales, self.flip = inference, tuple(scales), flip
-        self.crop_size = window_size(network, crop_size)
+        self.built = built_size(network, told)
+        self.crop_size = window_size(network, crop_size, self.built)
         self.stride = pair(stride) if stride is not None else (self.crop_size[0] * 2 // 3, self.crop_size[1] * 2 // 3)
         if any(not 0 < step <= side for step, side in zip(self.stride, self.crop_size, strict=True)):
             raise ValueError(f"model.stride is within 1 to crop_size {by(self.crop_size)}, got {by(self.stride)}")
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         self.classes: list[str] = []
+        self.sides: tuple[int, int] | None = None
         self.iou = torch.full((num_classes,), math.nan)
         self.resized: dict[Grid, tuple[FeaturePyramid, dict[str, Tensor]]] = {}
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
@@ -184,7 +195,8 @@ class UperNetSegmentation(pl.LightningModule):
         The mean is over this process's batch, as torch's: processes with few labelled pixels weigh as much as others.
         (mmsegmentation divides by all pixels, so there a batch with many ignored ones weighs less.)
         """
-        total = F.cross_entropy(enlarged(logits, pair(labels.shape[-2:])), labels, ignore_index=IGNORED, reduction="sum")
+        logits = enlarged(logits.float(), labels.shape[-2:])
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return total / (labels != IGNORED).sum().clamp(min=1)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -195,7 +207,7 @@ class UperNetSegmentation(pl.LightningModule):
         """Lets data that skips unreadable files say how many."""
         tell = getattr(getattr(self.trainer, "datamodule", None), "tell_unreadable", None)
         if tell is not None:
-            tell()
+            tell(self.device)
 
     # Its answers
 
@@ -211,7 +223,7 @@ class UperNetSegmentation(pl.LightningModule):
         size = pair(images.shape[-2:])
         total = images.new_zeros((len(images), self.num_classes, *size), dtype=torch.float32)
         for scale in self.scales:
-            seen = images if scale == 1 else rescaled(images, (round(size[0] * scale), round(size[1] * scale)))
+            seen = images if scale == 1 else rescaled(images, scaled(size, scale))
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self.infer(seen.flip(-1) if mirrored else seen)
                 probabilities = enlarged(logits, size).softmax(1)
@@ -238,7 +250,7 @@ class UperNetSegmentation(pl.LightningModule):
         for top in starts(rows, h, self.stride[0]):
             for left in starts(columns, w, self.stride[1]):
                 place = (..., slice(top, top + h), slice(left, left + w))
-                total[place] += enlarged(self.head(self.pyramid(images[place])), self.crop_size)
+                total[place] += enlarged(self.head(self.pyramid(images[place])).float(), self.crop_size)
                 count[place] += 1
         return total.div_(count)[..., :height, :width]
 
@@ -254,24 +266,27 @@ class UperNetSegmentation(pl.LightningModule):
         patch = int(self.pyramid.backbone.feature_info[0]["reduction"])
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
         size = pair(images.shape[-2:])
-        return enlarged(self.head(self.pyramid_for(size)(images)), size)[..., :height, :width]
+        return enlarged(self.head(self.pyramid_for(size)(images)).float(), size)[..., :height, :width]
 
     def pyramid_for(self, size: Grid) -> FeaturePyramid:
         """The pyramid, on a backbone for images of `size`; positions and bias tables are resized, all else is shared.
 
-        Those for the last few sizes are kept until the weights change.
+        Those for the last two sizes are kept until the weights change. Each holds its own positions and tables, and where there
+        are relative positions one index of 8 (h w + 1)^2 bytes for all blocks: 8 MB for 512x512 pixels in patches of 16, 134 MB
+        for 512x2048.
 
         Raises:
             ValueError: as `whole`.
         """
         backbone = self.pyramid.backbone
-        built = built_size(backbone)
-        if built in (None, size) or not backbone.patch_embed.strict_img_size:
+        if self.built in (None, size) or not takes_only_its_size(backbone):
             return self.pyramid
         if not isinstance(backbone, (VisionTransformer, Beit, Eva)):
+            told = hasattr(getattr(backbone, "patch_embed", None), "strict_img_size")
+            other = ", or strict_img_size: false in model.model_args" if told else ""
             raise ValueError(
-                f"the image is {by(size)} pixels, but this {type(backbone).__name__} takes only {by(built or size)}: set "
-                f"model.inference to slide, or strict_img_size: false in model.model_args"
+                f"the image is {by(size)} pixels, but this {type(backbone).__name__} takes only {by(self.built or size)}: set "
+                f"model.inference to slide{other}"
             )
         tables = {
             name: parameter.detach()
@@ -279,19 +294,23 @@ class UperNetSegmentation(pl.LightningModule):
             if name.endswith(("pos_embed", "relative_position_bias_table"))
         }
         kept = self.resized.pop(size, None)
-        if kept is None or any(
-            table.device != kept[1][name].device or not torch.equal(table, kept[1][name]) for name, table in tables.items()
-        ):
+        if kept is None or not all(torch.equal(table, kept[1][name]) for name, table in tables.items()):
             shared = {id(part): part for part in (*self.pyramid.parameters(), *self.pyramid.buffers())}
             with torch.inference_mode(False), torch.no_grad():
                 pyramid = copy.deepcopy(self.pyramid, shared)
+                if isinstance(pyramid.backbone, Beit):
+                    resize_blocks(pyramid.backbone, size)
                 pyramid.backbone.set_input_size(img_size=size)
-                share_indices(pyramid)
                 kept = pyramid, {name: table.clone() for name, table in tables.items()}
         self.resized[size] = kept
         while len(self.resized) > KEPT_SIZES:
             self.resized.pop(next(iter(self.resized)))
-        return kept[0]
+        return kept[0].train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Forgets the resized backbones: their tables would stay on the old device, or of the old dtype."""
+        self.resized.clear()
+        return super()._apply(fn, recurse)
 
     # Its metrics
 
@@ -328,13 +347,13 @@ class UperNetSegmentation(pl.LightningModule):
     def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
         """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
 
-        The images are seen as those of ADE20K's validation are: scaled to a shorter side of `crop_size`, or to a longer side of
-        four times that where it would be longer (512 and 2048). So memory holds a map of at most [b classes c 4c],
-        and eight classes at the photo's size.
+        The images are seen as those of a validation are: scaled to fit in the data's `resize`, (long, short). Where the data has
+        none, the short side is that of `crop_size` and the long side four times that (ADE20K: 2048, 512). So memory holds a map
+        of at most [b classes short long], and eight classes at the photo's size.
         """
         size, short = pair(images.shape[-2:]), min(self.crop_size)
-        factor = min(short / min(size), 4 * short / max(size))
-        seen = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
+        long, short = self.sides or (4 * short, short)
+        seen = scaled(size, min(long / max(size), short / min(size)))
         return likeliest(self(images if seen == size else rescaled(images, seen)), size)
 
     def write_prediction(self, image: Tensor, labels: Tensor, destination: Path) -> None:
@@ -363,13 +382,14 @@ class UperNetSegmentation(pl.LightningModule):
         return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
 
     def setup(self, stage: str) -> None:
-        """Takes the names of the classes from the data, and the learning rate that fits the batch.
+        """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
 
         Raises:
             ValueError: the data has another number of classes; a batch of one image, which batch norm cannot train on.
         """
         synchronised = self.synchronise() if stage == "fit" else False
         data: Any = getattr(self.trainer, "datamodule", None)
+        self.sides = getattr(data, "resize", None)
         if stage == "predict" or data is None:
             return
         self.classes = list(getattr(data, "classes", self.classes))
@@ -412,24 +432,25 @@ class UperNetSegmentation(pl.LightningModule):
         if described is not None:
             checkpoint["backbone"] = described
         checkpoint["classes"] = self.classes
-        checkpoint["pretrained_from"] = self.checkpoint
+        checkpoint["pretrained_from"] = self.pretrained_from
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
+        """Takes the names of the classes from it, and where its training began.
+
         Raises:
             ValueError: the data has other classes than the checkpoint.
         """
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
+        self.pretrained_from = checkpoint.get("pretrained_from")
 
 
-def window_size(backbone: Any, given: int | Grid | None) -> Grid:
+def window_size(backbone: Any, given: int | Grid | None, built: Grid | None) -> Grid:
     """(H, W) of a window: the given, or the size that the backbone was built for.
 
     Raises:
-        ValueError: they differ, in a backbone with fixed positions; or there is neither.
+        ValueError: they differ, in a backbone that takes only its size; or there is neither.
     """
-    built = built_size(backbone)
     if given is None:
         if built is None:
             raise ValueError(
@@ -439,7 +460,7 @@ def window_size(backbone: Any, given: int | Grid | None) -> Grid:
     size = pair(given)
     if min(size) < 1:
         raise ValueError(f"model.crop_size is {by(size)}, but it is at least 1")
-    if built is not None and size != built and backbone.patch_embed.strict_img_size:
+    if built is not None and size != built and takes_only_its_size(backbone):
         raise ValueError(
             f"model.crop_size is {by(size)}, but the backbone was built for {by(built)} pixels: set img_size in "
             f"model.model_args to {size[0] if size[0] == size[1] else list(size)}"
@@ -447,17 +468,34 @@ def window_size(backbone: Any, given: int | Grid | None) -> Grid:
     return size
 
 
-def built_size(backbone: Any) -> Grid | None:
-    """(H, W) that a timm model was built for; None of one that has no such size, as a ConvNeXt."""
+def built_size(backbone: Any, told: int | Grid | None = None) -> Grid | None:
+    """(H, W) that a timm model was built for; None of one that has no such size, as a ConvNeXt.
+
+    Args:
+        told: the size of a model that has a fixed one and does not say it, as a Hiera; None is that of its weights.
+    """
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if size is None and backbone.pretrained_cfg.get("fixed_input_size"):
+        size = getattr(backbone, "img_size", None) or told or backbone.pretrained_cfg["input_size"][1:]
     return None if size is None else pair(size)
 
 
-def share_indices(module: nn.Module) -> None:
-    """Lets all blocks have one table of which relative position is where: it is the square of the number of tokens."""
-    indexed: list[Any] = [part for part in module.modules() if getattr(part, "relative_position_index", None) is not None]
-    for part in indexed[1:]:
-        part.relative_position_index = indexed[0].relative_position_index
+def takes_only_its_size(backbone: Any) -> bool:
+    """Of a timm model that was built for a size."""
+    return bool(getattr(getattr(backbone, "patch_embed", None), "strict_img_size", True))
+
+
+def resize_blocks(backbone: Beit, size: Grid) -> None:
+    """Resizes the relative positions of each block for images of `size`, (H, W).
+
+    All blocks come to have one table of which position is where, for it is the square of the number of tokens.
+    """
+    height, width = backbone.patch_embed.patch_size
+    index = None
+    for block in backbone.blocks:
+        block.attn.set_window_size((size[0] // height, size[1] // width))
+        index = block.attn.relative_position_index if index is None else index
+        block.attn.relative_position_index = index
 
 
 def pair(size: Any) -> Grid:
@@ -471,9 +509,9 @@ def starts(side: int, window: int, stride: int) -> list[int]:
     return [min(step * stride, side - window) for step in range(math.ceil((side - window) / stride) + 1)]
 
 
-def enlarged(maps: Tensor, size: Grid) -> Tensor:
-    """[b c h w] -> [b c H W] in float32, bilinear, corners not aligned."""
-    return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+def scaled(size: Grid, factor: float) -> Grid:
+    """(H, W) times a factor, at least one pixel each."""
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def rescaled(images: Tensor, size: Grid) -> Tensor:

@@ -1,10 +1,11 @@
 """UperNet (Xiao et al., 2018) over any timm backbone: its pyramid of features, its head, and the auxiliary head.
 
-The layout is mmsegmentation's, which the MaskDistill paper's ADE20K protocol (BEiT v2's configs) uses. Batch norms are
-plain; Lightning's `Trainer(sync_batchnorm=True)` synchronises them under several GPUs.
+The layout and the initialization of the heads are mmsegmentation's, which the MaskDistill paper's ADE20K protocol (BEiT v2's
+configs) uses. Batch norms are plain; Lightning's `Trainer(sync_batchnorm=True)` synchronises them under several GPUs.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ POOLS = (1, 2, 3, 6)
 
 
 class FeaturePyramid(nn.Module):
-    """Four maps of features, each half as fine as the one before: at strides of 4, 8, 16 and 32 pixels.
+    """Four maps of features, each half as fine as the one before: at strides of 4, 8, 16 and 32 pixels, but for what follows.
 
     A backbone with one stride (ViT, BEiT, EVA) gives the tokens of four of its blocks, neither normalized nor with their
     CLS and register tokens. Transposed convolutions double their grid, max pooling halves it. As in BEiT v2's segmentation
@@ -31,7 +32,7 @@ class FeaturePyramid(nn.Module):
     for the third and halved for the fourth; one of 8 px patches is enlarged 2 times, kept, halved and quartered. Patches of
     14 pixels count as 16: the strides are then 3.5, 7, 14 and 28.
 
-    A hierarchical backbone gives its last four stages. Where it is made of layer norms (Swin, ConvNeXt; not ResNet), each
+    A hierarchical backbone gives its last four stages, at their own strides: 4 to 32 in a Swin, a ConvNeXt or a ResNet. Where it is made of layer norms (Swin, ConvNeXt; not ResNet), each
     has a layer norm of its own behind it, as in Swin's and ConvNeXt's segmentation code.
 
     Args:
@@ -129,7 +130,7 @@ class UperNetHead(nn.Module):
         self.smooth = nn.ModuleList(convolution(channels, channels, 3) for _ in finer)
         self.fuse = convolution(LEVELS * channels, channels, 3)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.classifier = classifier(channels, num_classes)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Four maps [b d_i h_i w_i], the finest first -> logits [b classes h_1 w_1].
@@ -139,12 +140,12 @@ class UperNetHead(nn.Module):
         """
         self.check_batch(levels[0])
         *finer, coarsest = levels
-        pools = [enlarged(pool(coarsest), coarsest) for pool in self.pools]
+        pools = [enlarged(pool(coarsest), coarsest.shape[-2:]) for pool in self.pools]
         tops = [self.pooled(torch.cat([coarsest, *pools], dim=1))]
         for lateral, level in zip(reversed(self.laterals), reversed(finer), strict=True):  # from coarse to fine
-            tops.insert(0, lateral(level) + enlarged(tops[0], level))
+            tops.insert(0, lateral(level) + enlarged(tops[0], level.shape[-2:]))
         smooth = [convolve(top) for convolve, top in zip(self.smooth, tops[:-1], strict=True)] + tops[-1:]
-        fused = self.fuse(torch.cat([enlarged(level, smooth[0]) for level in smooth], dim=1))
+        fused = self.fuse(torch.cat([enlarged(level, smooth[0].shape[-2:]) for level in smooth], dim=1))
         logits: Tensor = self.classifier(self.dropout(fused))
         return logits
 
@@ -175,7 +176,7 @@ class FCNHead(nn.Module):
         super().__init__()
         self.convolution = convolution(in_channels, channels, 3)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.classifier = classifier(channels, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """[b d h w] -> logits [b classes h w]"""
@@ -220,11 +221,22 @@ def rescaling(d: int, doublings: int) -> nn.Module:
 
 
 def convolution(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
-    """mmsegmentation's block: convolution without bias, batch norm, ReLU."""
-    return Conv2dNormActivation(in_channels, channels, kernel_size)
+    """mmsegmentation's block: convolution without bias, batch norm, ReLU; initialized as mmcv's ConvModule is."""
+    block = Conv2dNormActivation(in_channels, channels, kernel_size)
+    nn.init.kaiming_normal_(block[0].weight, mode="fan_out", nonlinearity="relu")
+    return block
 
 
-def enlarged(features: Tensor, like: Tensor) -> Tensor:
-    """[b c h w] -> [b c h' w'], the size of `like`, bilinear; of that size as they are."""
-    size = like.shape[-2:]
-    return features if features.shape[-2:] == size else F.interpolate(features, size, mode="bilinear", align_corners=False)
+def classifier(channels: int, num_classes: int) -> nn.Module:
+    """A 1x1 convolution to logits, initialized as mmsegmentation's decode heads do it (conv_seg: normal, std 0.01; bias 0)."""
+    convolution = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(convolution.weight, std=0.01)
+    nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+def enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """[b c h w] -> [b c H W], bilinear, corners not aligned; of that size as they are."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)

@@ -1,6 +1,7 @@
 """Images in folders: ImageNet's layout, class folders, or any heap of photos."""
 
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, distributed
@@ -192,7 +193,7 @@ class ImageFiles(Dataset[Any]):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Any image file as RGB; 16-bit grey is scaled to 8 bits, other modes go the way of PIL's `convert`.
+    """Any image file as RGB, turned as its EXIF says; 16-bit grey is scaled to 8 bits, other modes go PIL's way (`convert`).
 
     Raises:
         ValueError: the file cannot be read as an image, or has 32 bits a pixel and so no known white; it is named.
@@ -202,11 +203,21 @@ def read_image(path: Path) -> Image.Image:
             deep_png = image.mode == "I" and image.format == "PNG"  # 16 bits, by an older PIL
             if image.mode in ("I", "F") and not deep_png:
                 raise ValueError(f"32-bit gray, mode {image.mode}: convert it to 8 or 16 bits")
+            image.load()
+            turn_upright(image)
             if image.mode.startswith("I"):  # PIL's own conversion clips at 255
                 return image.point(lambda value: value / 256).convert("L").convert("RGB")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable image {path} ({error}); data.on_bad_image=skip goes on without it") from error
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turns a loaded image as its EXIF orientation says. A damaged EXIF says nothing, as elsewhere in PIL: ImageNet has some."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except (struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
+        return
 
 
 def image_files(root: Path) -> list[Path]:
@@ -234,9 +245,18 @@ def class_folders(root: Path) -> list[str]:
 
 
 def each_once(images: Any) -> UnrepeatedDistributedSampler | None:
-    """The sampler of a process by which several see every image once, and Lightning's would repeat some; None in one."""
-    several = distributed.is_available() and distributed.is_initialized()
-    return UnrepeatedDistributedSampler(images, shuffle=False) if several else None
+    """The sampler of a process by which several see every image once, and Lightning's would repeat some; None in one.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if len(images) < (processes := distributed.get_world_size()):
+        raise ValueError(
+            f"{len(images)} images cannot be shared by {processes} processes: set trainer.devices to {len(images)} or less"
+        )
+    return UnrepeatedDistributedSampler(images, shuffle=False)
 
 
 def to_pixels() -> list[Any]:

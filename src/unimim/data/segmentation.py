@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -81,6 +81,7 @@ class SegmentationFolderData(pl.LightningDataModule):
                 f"{scale}, {flip}"
             )
         self.root = Path(root).expanduser()
+        self.resize = resize
         self.given_classes = classes
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -137,14 +138,23 @@ class SegmentationFolderData(pl.LightningDataModule):
         pairs = image_label_pairs(images, labels)
         return LabelledImageFiles(pairs, transform, len(self.classes), self.first_value, self.ignored_value, self.on_bad_image)
 
-    def tell_unreadable(self) -> None:
-        """Warns of how many files of each split could not be read so far (`on_bad_image: skip`)."""
+    def tell_unreadable(self, device: torch.device) -> None:
+        """Says how many files of each split no process could read so far (`on_bad_image: skip`). All processes call it.
+
+        Args:
+            device: where the processes exchange what they know.
+        """
+        for split, images in self.splits.items():
+            unreadable = images.unreadable.to(device, torch.uint8)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(unreadable, distributed.ReduceOp.MAX)
+            if skipped := int(unreadable.sum()):
+                rank_zero_info(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+
+    def teardown(self, stage: str) -> None:
         for split, images in self.splits.items():
             if skipped := int(images.unreadable.sum()):
                 rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
-
-    def teardown(self, stage: str) -> None:
-        self.tell_unreadable()
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
@@ -235,8 +245,10 @@ class LabelledImageFiles(ImageFiles):
         """The PNG's values as labels, uint8 [H W].
 
         Raises:
-            ValueError: it holds colours, or a value that is no class.
+            ValueError: it is no PNG, holds colours, or a value that is no class.
         """
+        if png.format != "PNG":
+            raise ValueError(f"{path} holds a {png.format}, not a PNG: a label has to be a PNG, which keeps its values")
         if png.mode not in ("L", "P", "I;16", "I"):  # 16 bits are I by an older PIL
             raise ValueError(
                 f"{path} has colours or transparency (mode {png.mode}): a label is a grey or palette PNG of 8 or 16 bits, "
@@ -262,16 +274,18 @@ def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 
     Raises:
         FileNotFoundError: a folder is missing or empty.
-        ValueError: some have no partner; the first three are named.
+        ValueError: two have one name, or some have no partner; the first three are named.
     """
-    of_images = {path: path.relative_to(images).with_suffix("") for path in image_files(images)}
-    of_labels = {
-        path.relative_to(labels).with_suffix(""): path for path in image_files(labels) if path.suffix.lower() == ".png"
-    }
+    label_files = image_files(labels)
+    others = [path for path in label_files if path.suffix.lower() != ".png"]
+    of_images = by_name(image_files(images), images)
+    of_labels = by_name([path for path in label_files if path not in others], labels)
     alone = {
-        f"images in {images} without {labels}/NAME.png": [path for path, name in of_images.items() if name not in of_labels],
-        f"labels in {labels} without image": [of_labels[name] for name in sorted(of_labels.keys() - set(of_images.values()))],
+        f"images in {images} without {labels}/NAME.png": [path for name, path in of_images.items() if name not in of_labels],
+        f"labels in {labels} without image": [path for name, path in of_labels.items() if name not in of_images],
     }
+    if any(alone.values()):
+        alone[f"files in {labels} that are no PNG"] = others
     said = [
         f"{len(paths)} {what}: {', '.join(path.name for path in paths[:3])}{' ...' if len(paths) > 3 else ''}"
         for what, paths in alone.items()
@@ -279,7 +293,22 @@ def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     ]
     if said:
         raise ValueError(f"data.root: {'; '.join(said)}")
-    return [(path, of_labels[name]) for path, name in of_images.items()]
+    return [(path, of_labels[name]) for name, path in of_images.items()]
+
+
+def by_name(files: list[Path], root: Path) -> dict[Path, Path]:
+    """Each file by its path below `root` without the suffix.
+
+    Raises:
+        ValueError: two are the same but for the suffix.
+    """
+    named: dict[Path, Path] = {}
+    for path in files:
+        name = path.relative_to(root).with_suffix("")
+        if name in named:
+            raise ValueError(f"data.root: {named[name]} and {path} have one name: an image and its label share theirs")
+        named[name] = path
+    return named
 
 
 def read_label(path: Path) -> Image.Image:
@@ -291,7 +320,7 @@ def read_label(path: Path) -> Image.Image:
     try:
         with Image.open(path) as png:
             png.load()
-            return png.copy()
+            return png
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable label {path} ({error}); data.on_bad_image=skip goes on without it") from error
 
