@@ -13,7 +13,7 @@ from torch import distributed
 
 from unimim import ClassFolderData, FashionMNISTData, ImageFolderData
 from unimim.data import fashion_mnist
-from unimim.data.folder import ImageFiles, read_image
+from unimim.data.folder import ImageFiles, each_once, read_image
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), value: int = 128) -> Path:
@@ -106,6 +106,27 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
     only_bad = ImageFiles([bad], transform=lambda image: torch.zeros(1), on_bad_image="skip")
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 1 image files can be read"):
         only_bad[0]
+
+
+def test_photos_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    """Orientation 6: the camera's top row is at the right. A damaged EXIF turns nothing, and the photo can be read."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:10] = 250  # the camera's top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "a.png", "a.webp"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+        image = read_image(tmp_path / name)
+        assert image.size == (20, 40)
+        found = np.asarray(image)
+        assert found[:, 12:].min() > 240
+        assert found[:, :8].max() < 10
+    gray = np.arange(12, dtype=np.uint16).reshape(3, 4) * 256
+    Image.fromarray(gray).save(tmp_path / "deep.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 0], np.rot90(gray // 256, -1))
+    for damaged in (b"Exif\0\0no header", exif.tobytes()[:12], exif.tobytes()[:16]):
+        Image.fromarray(pixels).save(tmp_path / "damaged.jpg", exif=damaged)
+        assert read_image(tmp_path / "damaged.jpg").size == (40, 20)
 
 
 def test_links_to_folders_are_followed_and_32_bit_gray_is_refused(tmp_path: Path) -> None:
@@ -211,6 +232,16 @@ def test_two_processes_validate_every_image_once(tmp_path: Path, monkeypatch: py
         expected = [image for images, _ in data.labelled_dataloader("val") for image in images]
         assert len(seen) == len(expected) == 9
         assert all(any(torch.equal(image, other) for other in seen) for image in expected)
+
+
+def test_fewer_images_than_processes_are_refused_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: 4)
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "get_rank", lambda group=None, rank=rank: rank)
+        with pytest.raises(ValueError, match="3 images cannot be shared by 4 processes: set trainer.devices to 3 or less"):
+            each_once(range(3))
+        assert len(list(each_once(range(4)))) == 1
 
 
 def test_fashion_mnist_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

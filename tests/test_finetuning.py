@@ -395,6 +395,7 @@ def test_a_classifier_from_a_file_keeps_its_scale(tmp_path: Path) -> None:
         ({"layer_decay": 0.0}, "layer_decay within 0 to 1"),
         ({"layer_decay": 1.1}, "layer_decay within 0 to 1"),
         ({"weight_decay": -1.0}, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, "model.betas are at least 0 and below 1, got [0.9, 1.0]"),
         ({"warmup_epochs": -1.0}, "warmup_epochs"),
         ({"mixup": -0.1}, "mixup"),
         ({"cutmix": -0.1}, "cutmix"),
@@ -622,6 +623,25 @@ def test_finetune_validate_repeats_what_training_reported(run: Run) -> None:
             logits = backbone((images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
             right += int((logits.argmax(1) == labels).sum())
     assert right / 18 == pytest.approx(run.reported)
+
+
+def test_arguments_of_the_backbone_are_given_beside_the_checkpoints(run: Run) -> None:
+    from unimim.commands import finetune
+
+    words = ["validate", f"--ckpt_path={run.checkpoint}", "--model.model_args.dynamic_img_size=true", *words_for(run.data)]
+    cli = finetune(words)
+    assert cli.model.backbone.dynamic_img_size
+    assert float(cli.trainer.callback_metrics["val/acc1"]) == pytest.approx(run.reported)
+
+
+def test_finetune_that_goes_on_knows_where_it_began(run: Run) -> None:
+    """A backbone by its name, as `fit --ckpt_path` makes it."""
+    model = FineTuning.load_from_checkpoint(run.checkpoint, weights_only=True)
+    assert model.checkpoint is None
+    model.trainer = pl.Trainer(**QUIET)
+    content: dict[str, Any] = {}
+    model.on_save_checkpoint(content)
+    assert content["pretrained_from"] == str(run.pretrained)
 
 
 def test_finetune_validate_with_the_runs_own_config(run: Run) -> None:
@@ -859,6 +879,9 @@ NAMED = [f"--model.backbone={VIT}", "--model.num_classes=6", f"--model.model_arg
         (["validate", "--ckpt_path=truncated.ckpt"], "ckpt_path: truncated.ckpt is truncated, or no checkpoint"),
         (["validate", "--ckpt_path=encoder.ckpt"], "ckpt_path: encoder.ckpt is no checkpoint of fine-tuning"),
         (["fit", *NAMED, "--ckpt_path=encoder.ckpt"], "--model.checkpoint"),
+        (["validate", "--ckpt_path=TUNED", "--model.num_classes=7"], "model.num_classes is 7, of TUNED it is 6: leave it out"),
+        (["validate", "--ckpt_path=TUNED", "--model.backbone=vit_small_patch16_224"], f"of TUNED it is {VIT}: leave it out"),
+        (["validate", "--ckpt_path=TUNED", "--model.model_args.embed_dim=48"], "TUNED does not fit FineTuning, nothing was"),
         (["predict", "--ckpt_path=TUNED", "--output=nowhere/a.csv"], "output: there is no folder nowhere"),
         (["predict", "--ckpt_path=TUNED", "--data.root=nowhere"], "data.root: there is no folder nowhere"),
         (["predict", "--ckpt_path=TUNED", "--data=FashionMNISTData", f"--data.root={ROOT}/data"], "predict_dataloader"),
@@ -888,7 +911,7 @@ def test_mistakes_in_finetune_are_one_line(
         given, words = [*words[1:], *given], words[:1]
     off = ["--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
     line = mistake(capsys, "finetune", words[0], *given, *off, *words[1:])
-    assert expected in line
+    assert expected.replace("TUNED", str(run.checkpoint)) in line
     assert not list(tmp_path.rglob("*.csv"))
 
 

@@ -131,7 +131,10 @@ def test_what_is_given_counts(run: Run) -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("--model.backbone=vit_base_patch16_224", f"model.backbone is vit_base_patch16_224, of TUNED it is {VIT}: leave it out"),
+        (
+            "--model.backbone=vit_base_patch16_224",
+            f"model.backbone is vit_base_patch16_224, of TUNED it is {VIT}: leave it out",
+        ),
         ("--model.num_classes=7", "model.num_classes is 7, of TUNED it is 4: leave it out"),
         ("--model.blocks=[0, 1, 2, 3]", "model.blocks is [0, 1, 2, 3], of TUNED it is None: leave it out"),
         ("--model.channels=16", "model.channels is 16, of TUNED it is 8: leave it out"),
@@ -233,6 +236,14 @@ def test_segment_predict_writes_overlays_and_label_maps(
     with pytest.raises(SystemExit, match=r"^unimim: error: output: .*predicted is no empty folder, and is not overwritten"):
         main(["segment", *words])
     assert {file: file.read_bytes() for file in output.rglob("*.png")} == before
+
+
+def test_one_folder_of_photos_keeps_its_name(run: Run, tmp_path: Path) -> None:
+    """Whatever else lies beside it."""
+    pictures(tmp_path / "photos" / "2024" / "may", 1)
+    output = tmp_path / "predicted"
+    segment(["predict", f"--ckpt_path={run.checkpoint}", *words_for(tmp_path / "photos"), f"--output={output}"])
+    assert {str(file.relative_to(output)) for file in output.rglob("*_labels.png")} == {"2024/may/0_labels.png"}
 
 
 def test_segment_predict_leaves_out_a_photo_that_was_skipped(run: Run, tmp_path: Path) -> None:

@@ -7,19 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import timm
 import torch
 from conftest import ROOT, tiny_model
 from einops import repeat
+from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
+from timm.models.beit import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from unimim import FineTuning, MaskTokenStudent, UperNetSegmentation, load_backbone
+from unimim import FineTuning, MaskTokenStudent, SegmentationFolderData, UperNetSegmentation, load_backbone
 from unimim.interfaces import IGNORED
 from unimim.optim import warmup_poly
 from unimim.overlays import label_picture, overlay, palette
@@ -27,6 +30,8 @@ from unimim.segmentation import likeliest, starts
 
 VIT = "vit_tiny_patch16_224"
 NARROW = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8, "img_size": 32}
+HIERA = {"img_size": 64, "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}
+MAXVIT = {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": (8, 8)}
 CLASSES = ["background", "ant", "bee", "cat", "dog"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 QUIET: dict[str, Any] = {
@@ -166,16 +171,34 @@ def test_where_nothing_counts_the_loss_is_zero_and_has_gradients() -> None:
         assert not parameter.grad.any(), name
 
 
-class Skipping(Scenes):
-    """Files of which some could not be read."""
+def pairs_on_disk(root: Path, train: int, val: int, size: tuple[int, int] = (40, 50)) -> Path:
+    """Noise with noisy labels, as `SegmentationFolderData` reads them."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"images/{split}/{i}.png")
+            Image.fromarray(generator.integers(0, 5, size, dtype=np.uint8)).save(root / f"labels/{split}/{i}.png")
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    return root
 
-    def tell_unreadable(self) -> None:
-        print("1 of 9 image files")
+
+def of_folder(root: Path, **options: Any) -> SegmentationFolderData:
+    settings = {"image_size": 32, "batch_size": 2, "num_workers": 0, "resize": (128, 32), **options}
+    return SegmentationFolderData(str(root), **settings)
 
 
-def test_an_epoch_ends_with_the_count_of_unreadable_files(capsys: pytest.CaptureFixture[str]) -> None:
-    fitted(tiny(), Skipping(), max_epochs=2, limit_val_batches=0)
-    assert capsys.readouterr().out.count("1 of 9 image files") == 2
+@pytest.mark.filterwarnings("default")
+def test_every_epoch_ends_with_the_count_of_unreadable_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = pairs_on_disk(tmp_path, train=4, val=1)
+    with caplog.at_level("INFO"):
+        fitted(tiny(), of_folder(root, on_bad_image="skip"), max_epochs=1)
+        assert "could not be read" not in caplog.text
+        (root / "images/train/2.png").write_bytes(b"no image")
+        with pytest.warns(UserWarning, match="1 of 4 image files"):  # at the very end
+            fitted(tiny(), of_folder(root, on_bad_image="skip"), max_epochs=3)
+    assert caplog.messages.count(f"1 of 4 image files in {root} (train) could not be read") == 3
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -194,20 +217,6 @@ def test_a_step_at_512_pixels(kind: str) -> None:
         assert not torch.equal(parameter, before[key]), key
     with torch.inference_mode():
         assert model.eval()(torch.rand(1, 3, 200, 600)).shape == (1, 5, 200, 600)
-
-
-@pytest.mark.parametrize("kind", ["vit", "beit_shared_bias", "swin"])
-def test_less_memory_for_the_same_gradients(kind: str) -> None:
-    name, model_args = BACKBONES[kind]
-    gradients = []
-    images, labels = a_batch(side=64)
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        options = {"model_args": {**model_args, "img_size": 64}, "checkpointing": checkpointing, "dropout": 0.0}
-        model = UperNetSegmentation(name, num_classes=5, channels=8, **options)
-        model.training_step((images, labels), 0).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients)
 
 
 # Its rates
@@ -393,9 +402,56 @@ def test_resized_positions_follow_the_weights_and_are_few() -> None:
         torch.testing.assert_close(model(images), other(images))
         for side in range(112, 112 + 16 * 6, 16):
             model(torch.rand(1, 3, side, 64))
-    assert len(model.resized) == 4
+    assert len(model.resized) == 2
     indices = {id(block.attn.relative_position_index) for block in kept[0].backbone.blocks}
     assert len(indices) == 1
+
+
+def whole_beit(**model_args: Any) -> UperNetSegmentation:
+    name, known = BACKBONES["beit_bias_per_block"]
+    given = {**known, "img_size": 64, **model_args}
+    model = UperNetSegmentation(name, model_args=given, num_classes=5, channels=8, inference="whole", dropout=0.0)
+    noisy(model)
+    return model
+
+
+def test_a_resized_backbone_trains_and_rests_as_the_model_does() -> None:
+    """Dropping paths at random in training, and never afterwards."""
+    model, images = whole_beit(drop_path_rate=0.9), torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(images), model(images))
+        assert torch.equal(model.eval()(images), model(images))
+        assert not torch.equal(model.train()(images), model(images))
+    statistics = model.resized[96, 96][0].levels[0][1].running_mean
+    assert statistics is model.pyramid.levels[0][1].running_mean
+
+
+def test_resized_backbones_are_forgotten_with_the_dtype() -> None:
+    model, images = whole_beit().eval(), torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = model(images)
+        model.double()
+        assert not model.resized
+        found = model(images.double())
+    assert model.resized[96, 96][0].backbone.blocks[0].attn.relative_position_bias_table.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_no_two_large_indices_stand_beside_each_other_while_resizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, most = whole_beit().eval(), []
+    resize = Attention.set_window_size
+    made: list[Attention] = []
+
+    def watch(self: Attention, window_size: tuple[int, int]) -> None:
+        resize(self, window_size)
+        made.append(self)
+        most.append(len({id(attention.relative_position_index) for attention in made}))
+
+    monkeypatch.setattr(Attention, "set_window_size", watch)
+    with torch.no_grad():
+        model(torch.rand(1, 3, 96, 96))
+    assert most[:4] == [1, 2, 2, 2]  # the first, and the one that is made
+    assert len({id(attention.relative_position_index) for attention in made}) == 1
 
 
 @pytest.mark.parametrize("kind", ["swin", "dynamic_vit", "convnext"])
@@ -429,6 +485,23 @@ def test_a_swin_that_takes_one_size_says_so() -> None:
         model(torch.rand(1, 3, 96, 96))
 
 
+@pytest.mark.parametrize(
+    ("name", "model_args", "side"),
+    [("hiera_tiny_224", HIERA, 64), ("maxvit_tiny_tf_224", MAXVIT, 224)],
+    ids=["hiera", "maxvit"],
+)
+def test_a_backbone_of_a_fixed_size_that_it_does_not_tell(name: str, model_args: dict[str, Any], side: int) -> None:
+    model = UperNetSegmentation(name, model_args=model_args, num_classes=5, channels=8).eval()
+    assert model.crop_size == (side, side)
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, side, side + 9)).shape == (1, 5, side, side + 9)
+        model.inference = "whole"
+        with pytest.raises(ValueError, match=rf"the image is 96x96 .* takes only {side}x{side}: set model.inference to slide$"):
+            model(torch.rand(1, 3, 96, 96))
+    own = UperNetSegmentation(timm.create_model(name, **model_args), crop_size=side, num_classes=5, channels=8)
+    assert own.crop_size == (side, side)
+
+
 @pytest.mark.parametrize(("scales", "flip"), [((1.0,), True), ((0.5, 1.0, 1.75), False), ((0.75, 1.25), True)])
 def test_scales_and_flips_average_probabilities(scales: tuple[float, ...], flip: bool) -> None:
     model, plain = tiny(scales=scales, flip=flip).eval(), tiny().eval()
@@ -446,6 +519,11 @@ def test_scales_and_flips_average_probabilities(scales: tuple[float, ...], flip:
                 probabilities.append(answer.flip(3) if mirror else answer)
         torch.testing.assert_close(model(images).exp(), torch.stack(probabilities).mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(model(images).softmax(1), model(images).exp())
+
+
+def test_a_scale_leaves_a_pixel() -> None:
+    with torch.no_grad():
+        assert tiny(scales=(0.1, 1.0)).eval()(torch.rand(1, 3, 4, 50)).shape == (1, 5, 4, 50)
 
 
 def test_the_likeliest_label_at_another_size() -> None:
@@ -470,6 +548,20 @@ def test_a_photo_is_seen_at_the_size_of_a_validation() -> None:
         with torch.no_grad():
             assert torch.equal(labels, F.interpolate(model(scaled), size, mode="bilinear").argmax(1))
         assert labels.shape == (1, *size)
+    assert model.predict_step(torch.rand(1, 3, 1, 700), 0).shape == (1, 1, 700)
+
+
+def test_a_photo_is_seen_at_the_size_of_the_datas_validation(tmp_path: Path) -> None:
+    """Which need not be that of a window."""
+    root = pairs_on_disk(tmp_path, train=2, val=2, size=(50, 80))
+    model = tiny()
+    seen: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    for resize, expected in {(128, 48): (48, 77), (60, 48): (38, 60)}.items():
+        seen.clear()
+        pl.Trainer(**QUIET).validate(model, datamodule=of_folder(root, resize=resize), verbose=False)
+        pl.Trainer(**QUIET).predict(model, datamodule=of_folder(root / "images/val", resize=resize))
+        assert seen == [expected] * 4
 
 
 # Its metrics
@@ -674,6 +766,28 @@ def test_its_own_checkpoint_needs_no_other_file(tmp_path: Path) -> None:
         pl.Trainer(**QUIET).validate(again, datamodule=swapped, ckpt_path=tmp_path / "tuned.ckpt", weights_only=True)
 
 
+def test_a_run_that_goes_on_knows_where_it_began(tmp_path: Path) -> None:
+    torch.save(timm.create_model(VIT, num_classes=0, **NARROW).state_dict(), tmp_path / "began.pth")
+    model = tiny(checkpoint=str(tmp_path / "began.pth"))
+    fitted(model, Scenes(), ModelCheckpoint(tmp_path, "first"), enable_checkpointing=True)
+    again = tiny()
+    trainer = pl.Trainer(
+        **{**QUIET, "enable_checkpointing": True}, max_epochs=2, callbacks=[ModelCheckpoint(tmp_path, "second")]
+    )
+    trainer.fit(again, datamodule=Scenes(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert again.checkpoint is None
+    for name in ("first", "second"):
+        content = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert content["pretrained_from"] == str(tmp_path / "began.pth")
+
+
+def test_names_of_classes_survive_a_checkpoint_without_them() -> None:
+    model = tiny()
+    model.classes = CLASSES
+    model.on_load_checkpoint({"classes": []})
+    assert model.classes == CLASSES
+
+
 class Wide(Scenes):
     """The same at 64 pixels."""
 
@@ -722,7 +836,18 @@ def test_a_backbone_made_by_the_user(tmp_path: Path) -> None:
         ({"checkpoint": "nowhere.ckpt"}, "there is no file nowhere.ckpt"),
         ({"crop_size": 512}, "model.crop_size is 512x512, but the backbone was built for 32x32 pixels: set img_size in model"),
         ({"backbone": "convnext_atto", "model_args": None}, "model.crop_size is missing: ConvNeXt takes any size"),
+        (
+            {"backbone": "hiera_tiny_224", "model_args": HIERA, "crop_size": 96},
+            "crop_size is 96x96, but the backbone was built for 64",
+        ),
+        (
+            {"backbone": "maxvit_tiny_tf_224", "model_args": MAXVIT, "crop_size": 512},
+            "crop_size is 512x512, but the backbone was ",
+        ),
         ({"crop_size": 0}, "model.crop_size is 0x0"),
+        ({"inference": "windows"}, "model.inference is slide or whole, got 'windows'"),
+        ({"betas": (0.9, 1.0)}, "model.betas are at least 0 and below 1, got [0.9, 1.0]"),
+        ({"betas": (-0.1, 0.9)}, "model.betas"),
         ({"stride": 33}, "model.stride is within 1 to crop_size 32x32, got 33x33"),
         ({"stride": 0}, "model.stride"),
         ({"num_classes": 1}, "num_classes within 2 to 255"),

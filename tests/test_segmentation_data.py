@@ -4,6 +4,7 @@ import colorsys
 import io
 import re
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, distributed
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from unimim import ADE20KData, SegmentationFolderData
+from unimim.data import segmentation
 from unimim.data.segmentation import read_names
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, VariedCrop, fit
 from unimim.interfaces import IGNORED
@@ -380,18 +381,50 @@ def test_workers_give_the_same_validation(tmp_path: Path) -> None:
         assert torch.equal(labels, other_labels)
 
 
-def test_under_several_processes_no_image_is_validated_twice(tmp_path: Path) -> None:
-    data = data_of(folder(tmp_path, val=3))
+def test_under_several_processes_no_image_is_validated_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two and one: a sampler that fills up the second share would repeat one."""
+    for i in range(3):
+        save_pair(tmp_path, "val", f"{i}", np.full((40, 40), i))
+    data = data_of(tmp_path)
     data.setup("validate")
-    assert not isinstance(data.val_dataloader().sampler, UnrepeatedDistributedSampler)
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        sampler = data.val_dataloader().sampler
-    finally:
-        distributed.destroy_process_group()
-    assert isinstance(sampler, UnrepeatedDistributedSampler)
-    assert list(sampler) == [0, 1, 2]
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda group=None, rank=rank: rank)
+        seen.append([int(labels[0, 0, 0]) for _, labels in data.val_dataloader()])
+    assert sorted(map(len, seen)) == [1, 2]
+    assert sorted(seen[0] + seen[1]) == [0, 1, 2]
+
+
+def told(rank: int, root: Path, broken: list[int]) -> None:
+    """What one of two processes does, which met the `broken` files of a split."""
+    store = distributed.FileStore(str(root / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    data = data_of(root, on_bad_image="skip")
+    data.setup("fit")
+    data.splits["train"].unreadable[broken] = True
+    said: list[str] = []
+    segmentation.rank_zero_info = said.append
+    data.tell_unreadable(torch.device("cpu"))
+    (root / f"{rank}.txt").write_text("\n".join(said))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("first", "second", "count"), [([], [2], 1), ([0, 2], [2, 3], 3), ([1], [], 1), ([], [], 0)])
+def test_unreadable_files_are_counted_over_all_processes(
+    tmp_path: Path, first: list[int], second: list[int], count: int
+) -> None:
+    """A file that both met is one file; a process that met none takes part."""
+    folder(tmp_path, train=4)
+    processes = [get_context("fork").Process(target=told, args=(i, tmp_path, files)) for i, files in enumerate((first, second))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    expected = f"{count} of 4 image files in {tmp_path} (train) could not be read" if count else ""
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [expected] * 2
 
 
 # Names and values
@@ -491,6 +524,17 @@ def test_label_files_may_be_grey_palette_or_16_bits(tmp_path: Path) -> None:
                 next(iter(data.val_dataloader()))
 
 
+def test_a_label_that_is_no_png_inside_is_refused(tmp_path: Path) -> None:
+    """A JPEG's values are no classes any more; it is a mistake, not a broken file."""
+    folder(tmp_path)
+    png = tmp_path / "labels/val/1.png"
+    Image.fromarray(quarters(40, 60).astype(np.uint8)).save(png, "jpeg")
+    data = data_of(tmp_path, on_bad_image="skip")
+    data.setup("validate")
+    with pytest.raises(ValueError, match=rf"{png} holds a JPEG, not a PNG"):
+        list(data.val_dataloader())
+
+
 def test_images_of_any_kind_are_read_as_rgb(tmp_path: Path) -> None:
     folder(tmp_path, val=0)
     image, _ = save_pair(tmp_path, "val", "0", quarters(40, 60))
@@ -541,12 +585,34 @@ def remove(root: Path, *names: str) -> None:
         (lambda root: remove(root, *(f"labels/val/{i}.png" for i in range(2))), ["no image in or below {root}/labels/val"]),
         (
             lambda root: (root / "labels/val/0.png").rename(root / "labels/val/0.jpg"),
-            ["1 images in {root}/images/val without {root}/labels/val/NAME.png: 0.png"],
+            [
+                "1 images in {root}/images/val without {root}/labels/val/NAME.png: 0.png",
+                "1 files in {root}/labels/val that are no PNG: 0.jpg",
+            ],
+        ),
+        (
+            lambda root: save_pair(root, "val", "0", quarters(40, 60), ".jpg"),
+            ["{root}/images/val/0.jpg and {root}/images/val/0.png have one name"],
+        ),
+        (
+            lambda root: (root / "labels/val/0.PNG").write_bytes((root / "labels/val/0.png").read_bytes()),
+            ["{root}/labels/val/0.PNG and {root}/labels/val/0.png have one name"],
         ),
         (lambda root: (root / "labels").rename(root / "masks"), ["there is no folder {root}/labels/val"]),
         (lambda root: (root / "images").rename(root / "photos"), ["there is no folder {root}/images/val"]),
     ],
-    ids=["no label", "no image", "five", "both", "no labels", "jpg labels", "no labels folder", "no images folder"],
+    ids=[
+        "no label",
+        "no image",
+        "five",
+        "both",
+        "no labels",
+        "jpg labels",
+        "two images",
+        "two labels",
+        "no labels folder",
+        "no images folder",
+    ],
 )
 def test_images_and_labels_without_partner_are_named(tmp_path: Path, spoil: Callable[[Path], Any], expected: list[str]) -> None:
     folder(tmp_path, train=7)

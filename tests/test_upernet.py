@@ -394,6 +394,18 @@ def test_one_image_in_training_is_refused() -> None:
     synchronised.check_batch(maps[0])  # several devices have several images
 
 
+@pytest.mark.parametrize("kind", ["upernet", "fcn"])
+def test_heads_begin_as_mmsegmentations(kind: str) -> None:
+    """mmcv's ConvModule: Kaiming-normal over the fan out, gain sqrt(2); conv_seg: normal of 0.01, bias 0."""
+    made = UperNetHead([32, 32, 32, 32], 64, 50) if kind == "upernet" else FCNHead(32, 64, 50)
+    for module in (module for module in made.modules() if isinstance(module, nn.Conv2d)):
+        expected = 0.01 if module is made.classifier else math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size)))
+        assert module.weight.mean().item() == pytest.approx(0, abs=0.1 * expected)
+        assert module.weight.std().item() == pytest.approx(expected, rel=0.1)
+        assert (module.weight.abs() > 2.5 * expected).any()  # no uniform distribution goes so far
+    assert not made.classifier.bias.any()
+
+
 def test_a_head_takes_four_levels() -> None:
     with pytest.raises(ValueError, match=r"UperNetHead takes four levels, got in_channels \[4, 4, 4\]"):
         UperNetHead([4, 4, 4], 8, 3)

@@ -60,9 +60,9 @@ class UperNetSegmentation(pl.LightningModule):
         crop_size: side of a window in pixels, or (H, W); None is the size that the backbone was built for. A user's own
             backbone of a fixed size that does not tell it, such as a Hiera, has this one.
         stride: from one window to the next in pixels; None is two thirds of the window, rounded down (341 of 512).
-        scales: each image is seen at these scales of the size that the data has fitted it to, and the probabilities are averaged
-            at that size. (mmsegmentation, whose scales are 0.5 to 1.75, resizes the original image to each, and averages at the
-            original's size.)
+        scales: each image is seen at these scales of the size that the data has fitted it to, and the probabilities are
+            averaged at that size. (mmsegmentation, whose scales are 0.5 to 1.75, resizes the original image to each, and
+            averages at the original's size.)
         flip: and mirrored.
 
     Attributes:
@@ -347,9 +347,9 @@ class UperNetSegmentation(pl.LightningModule):
     def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
         """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
 
-        The images are seen as those of a validation are: scaled to fit in the data's `resize`, (long, short). Where the data has
-        none, the short side is that of `crop_size` and the long side four times that (ADE20K: 2048, 512). So memory holds a map
-        of at most [b classes short long], and eight classes at the photo's size.
+        The images are seen as those of a validation are: scaled to fit in the data's `resize`, (long, short). Where the data
+        has none, the short side is that of `crop_size` and the long side four times that (ADE20K: 2048, 512). So memory holds
+        a map of at most [b classes short long], and eight classes at the photo's size.
         """
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         long, short = self.sides or (4 * short, short)
@@ -492,6 +492,7 @@ def resize_blocks(backbone: Beit, size: Grid) -> None:
     """
     height, width = backbone.patch_embed.patch_size
     index = None
+    block: Any
     for block in backbone.blocks:
         block.attn.set_window_size((size[0] // height, size[1] // width))
         index = block.attn.relative_position_index if index is None else index

@@ -32,8 +32,9 @@ class FeaturePyramid(nn.Module):
     for the third and halved for the fourth; one of 8 px patches is enlarged 2 times, kept, halved and quartered. Patches of
     14 pixels count as 16: the strides are then 3.5, 7, 14 and 28.
 
-    A hierarchical backbone gives its last four stages, at their own strides: 4 to 32 in a Swin, a ConvNeXt or a ResNet. Where it is made of layer norms (Swin, ConvNeXt; not ResNet), each
-    has a layer norm of its own behind it, as in Swin's and ConvNeXt's segmentation code.
+    A hierarchical backbone gives its last four stages, at their own strides: 4 to 32 in a Swin, a ConvNeXt or a ResNet. Where
+    it is made of layer norms (Swin, ConvNeXt; not ResNet), each has a layer norm of its own behind it, as in Swin's and
+    ConvNeXt's segmentation code.
 
     Args:
         backbone: a timm model; what lies behind the last block used (norm, pooling, classifier, blocks) is taken from it, for
@@ -229,10 +230,10 @@ def convolution(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
 
 def classifier(channels: int, num_classes: int) -> nn.Module:
     """A 1x1 convolution to logits, initialized as mmsegmentation's decode heads do it (conv_seg: normal, std 0.01; bias 0)."""
-    convolution = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(convolution.weight, std=0.01)
-    nn.init.zeros_(convolution.bias)
-    return convolution
+    layer = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.get_parameter("bias"))
+    return layer
 
 
 def enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -213,7 +213,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turns a loaded image as its EXIF orientation says. A damaged EXIF says nothing, as elsewhere in PIL: ImageNet has some."""
+    """Turns a loaded image as its EXIF orientation says; a damaged EXIF, of which ImageNet has some, says nothing."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except (struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
