@@ -47,9 +47,14 @@ def test_every_command_is_understood(
         main([*words, "--print_config"])
     assert not end.value.code
     shown = capsys.readouterr().out
-    assert {"pretrain": "normalization:", "finetune": "layer_decay:", "probe": "lrs:", "knn": "k: 20", "export": "to: timm"}[
-        words[0]
-    ] in shown
+    assert {
+        "pretrain": "normalization:",
+        "finetune": "layer_decay:",
+        "probe": "lrs:",
+        "knn": "k: 20",
+        "export": "to: timm",
+        "segment": "auxiliary_weight:",
+    }[words[0]] in shown
 
 
 def test_the_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +93,13 @@ def test_the_demos_table_is_what_was_measured() -> None:
     results = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
     assert demo.readme_with(README, results) == README
     assert {row["target"] for row in results["rows"]} == {"random init", "pixels", "hog", "features"}
+
+
+def test_the_performance_page_is_what_was_measured() -> None:
+    """`python benchmarks/segmentation_step.py --docs` writes the table of docs/performance.json."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import segmentation_step
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    results = json.loads((ROOT / "docs" / "performance.json").read_text())
+    assert segmentation_step.document_with(page, results["segmentation_step"]) == page
