@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import FashionMNIST
 
 from unimim.data.fashion_mnist import provide
@@ -38,7 +38,8 @@ class ScenesData(pl.LightningDataModule):
 
     The splits share no Fashion-MNIST image: `train` takes the first 55,000 training images, `val` (for choices of
     hyper-parameters) the last 5,000, `test` the 10,000 test images; in each split the last tenth serves as backgrounds only.
-    A scene is a function of `seed`, split and index alone.
+    A scene is a function of `seed`, split and index alone. Without `labelled`, training batches are images alone, for
+    pretraining, and there is no validation.
 
     Args:
         root: folder of Fashion-MNIST, as in `FashionMNISTData`.
@@ -50,6 +51,7 @@ class ScenesData(pl.LightningDataModule):
         batch_size: scenes of one process in one step.
         num_workers: processes that read scenes; they are in memory, so 0 is fast.
         seed: other seeds are other scenes.
+        labelled: whether training batches have labels.
 
     Raises:
         ValueError: a number out of its range; garments that are larger than the scene.
@@ -67,6 +69,7 @@ class ScenesData(pl.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        labelled: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -91,7 +94,8 @@ class ScenesData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.classes = ["background", *FashionMNIST.classes]
+        self.labelled = labelled
+        self.classes = ["background", *FashionMNIST.classes] if labelled else []
 
     def prepare_data(self) -> None:
         rank_zero_info(f"Scenes composed from Fashion-MNIST: {provide(self.root)}")
@@ -109,10 +113,15 @@ class ScenesData(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.splits["train"], self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
+        collate = default_collate if self.labelled else images_alone
+        scenes = self.splits["train"]
+        return DataLoader(
+            scenes, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers, collate_fn=collate
+        )
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._in_order("val")
+    def val_dataloader(self) -> Any:
+        """The validation split where there are labels, else none."""
+        return self._in_order("val") if self.labelled else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._in_order("test")
@@ -120,6 +129,11 @@ class ScenesData(pl.LightningDataModule):
     def _in_order(self, split: Literal["val", "test"]) -> DataLoader[Any]:
         scenes = self.splits[split]
         return DataLoader(scenes, self.batch_size, num_workers=self.num_workers, sampler=each_once(scenes))
+
+
+def images_alone(scenes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Pairs of an image [3 H W] and its labels -> the images [b 3 H W]."""
+    return torch.stack([image for image, _ in scenes])
 
 
 class Pieces(NamedTuple):
