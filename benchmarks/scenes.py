@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 ARMS = {"from scratch": {"lr": 3e-3, "layer_decay": 1.0}, "pretrained": {"lr": 5e-3, "layer_decay": 0.75}}
 MEASURES = {"miou": "mIoU, 11 classes", "miou_foreground": "mIoU, 10 garments", "aacc": "pixel accuracy"}
 SEEDS = (0, 1)
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
 LAYER_DECAYS = (0.75, 1.0)
 PRETRAINING = Path("conf/pretrain/demo_scenes.yaml")
 FINETUNING = Path("conf/segment/sample.yaml")
@@ -68,7 +68,7 @@ def compare() -> None:
 
 
 def finished(name: str, made_by: list[Any], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` says of a run and writes to a checkpoint: read if it is there and was made by the same, made otherwise."""
+    """What `make` says of the run whose checkpoint it writes: read if it is there and was made by the same, made otherwise."""
     file = OUTPUT / "runs" / f"{name}.json"
     fingerprint = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
     if file.is_file() and (kept := json.loads(file.read_text()))["made_by"] == fingerprint:
@@ -83,6 +83,7 @@ def finished(name: str, made_by: list[Any], make: Callable[[Path], dict[str, Any
 
 def encoder(seed: int) -> dict[str, Any]:
     """`unimim pretrain fit` on the scenes without their labels."""
+    config = {**yaml.safe_load(PRETRAINING.read_text()), "seed_everything": seed}
 
     def make(checkpoint: Path) -> dict[str, Any]:
         start = time.perf_counter()
@@ -91,12 +92,14 @@ def encoder(seed: int) -> dict[str, Any]:
         trainer.save_checkpoint(checkpoint)
         return {"checkpoint": str(checkpoint), "seed": seed, "seconds": seconds}
 
-    return finished(f"encoder_{seed}", [PRETRAINING.read_text(), seed], make)
+    return finished(f"encoder_{seed}", [config], make)
 
 
 def finetuned(arm: str, seed: int, split: str, lr: float, layer_decay: float) -> dict[str, Any]:
     """`unimim segment fit` of one arm, measured on `split`, val or test."""
     start_from = encoder(seed) if arm == "pretrained" else None
+    config = {**yaml.safe_load(FINETUNING.read_text()), "seed_everything": seed}
+    config["model"] |= {"lr": lr, "layer_decay": layer_decay}
 
     def make(checkpoint: Path) -> dict[str, Any]:
         words = ["fit", "--config", str(FINETUNING), "--seed_everything", str(seed), *ALONE]
@@ -111,8 +114,8 @@ def finetuned(arm: str, seed: int, split: str, lr: float, layer_decay: float) ->
         (measured,) = cli.trainer.validate(cli.model, batches, verbose=False)
         return {"arm": arm, "seed": seed, **{key: measured[f"val/{key}"] for key in MEASURES}, "seconds": seconds}
 
-    settings = [lr, layer_decay, split, seed, start_from and start_from["made_by"]]
-    return finished(run_name(arm, seed, split, lr, layer_decay), [FINETUNING.read_text(), *settings], make)
+    made_by = [config, split, start_from and start_from["made_by"]]
+    return finished(run_name(arm, seed, split, lr, layer_decay), made_by, make)
 
 
 def run_name(arm: str, seed: int, split: str, lr: float, layer_decay: float) -> str:
@@ -128,7 +131,7 @@ def summarize(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """In Markdown, as the README has it."""
-    lines = [f"| encoder | {' | '.join(MEASURES.values())} | seconds |", "|---|---|---|---|---|"]
+    lines = [f"| encoder | {' | '.join(MEASURES.values())} | seconds of fine-tuning |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         cells = [f"{100 * row[key]:.1f} ± {100 * row['spread'][key]:.1f}" for key in MEASURES]
         lines.append(f"| {row['arm']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
@@ -136,10 +139,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def into_readme() -> None:
-    """The results and the figure of the last `make scenes` into docs/scenes, their table into the README."""
+    """What the last `make scenes` and `make scenes-tune` found into docs/scenes, the table into the README."""
     results = json.loads((OUTPUT / "results.json").read_text())
-    demo.write(DOCS / "results.json", results)
-    shutil.copyfile(OUTPUT / "figure.png", DOCS / "figure.png")
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "figure.png", "tune.json"):
+        if (OUTPUT / name).is_file():
+            shutil.copyfile(OUTPUT / name, DOCS / name)
     readme = Path("README.md")
     readme.write_text(readme_with(readme.read_text(), results))
 
@@ -164,7 +169,7 @@ def draw(path: Path) -> None:
     images, labels = (part[:8] for part in next(iter(data.test_dataloader())))
     with torch.no_grad():
         answers = {arm: model(images).argmax(1) for arm, model in models.items()}
-    rows: dict[str, Tensor] = {"image": images.movedim(1, -1), "truth": colored(labels)}
+    rows: dict[str, Any] = {"image": images.movedim(1, -1).numpy(), "truth": colored(labels)}
     rows |= {arm: colored(answer) for arm, answer in answers.items()}
     figure, axes = plt.subplots(len(rows), len(images), figsize=(10.5, 5.9), layout="constrained")
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
@@ -179,9 +184,9 @@ def draw(path: Path) -> None:
     plt.close(figure)
 
 
-def colored(labels: Tensor) -> Tensor:
-    """[b H W] -> [b H W 3] in [0, 1]"""
-    return palette(11)[labels] / 255
+def colored(labels: Tensor) -> Any:
+    """[b H W] -> uint8 [b H W 3], for matplotlib"""
+    return palette(11)[labels].numpy()
 
 
 def tune() -> None:
