@@ -4,10 +4,10 @@
     make scenes-readme (python benchmarks/scenes.py --readme) puts table and figure into README and docs
     make scenes-tune   (python benchmarks/scenes.py --tune)   the grid that chose learning rate and layer decay of both arms
 
-The encoder is conf/pretrain/demo_scenes.yaml's, both arms are conf/segment/sample.yaml on the same scenes in the same order.
-They differ in the encoder's first weights, and in learning rate and layer decay: each arm has its own best of the grid. The
-table is measured on the test split, the grid on the validation split. A finished run is kept in outputs/scenes/runs, and is
-not repeated unless its yaml or its settings have changed.
+The encoder is conf/pretrain/demo_scenes.yaml's. Both arms are conf/segment/sample.yaml on the same scenes in the same order, and
+differ in the encoder's first weights alone; learning rate and layer decay are the best of the grid for either. The table is
+measured on the test split, the grid on the validation split. A finished run is kept in outputs/scenes/runs, and is not
+repeated unless its yaml or its settings have changed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from unimim.overlays import palette
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-ARMS = {"from scratch": {"lr": 3e-3, "layer_decay": 1.0}, "pretrained": {"lr": 5e-3, "layer_decay": 0.75}}
+ARMS = ("from scratch", "pretrained")
 MEASURES = {"miou": "mIoU, 11 classes", "miou_foreground": "mIoU, 10 garments", "aacc": "pixel accuracy"}
 SEEDS = (0, 1)
 LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
@@ -59,7 +59,7 @@ def main() -> None:
 
 def compare() -> None:
     """Both arms with every seed, then the table and the figure."""
-    runs = [finetuned(arm, seed, "test", **settings) for seed in SEEDS for arm, settings in ARMS.items()]
+    runs = [finetuned(arm, seed, "test") for seed in SEEDS for arm in ARMS]
     rows = [summarize(arm, [run for run in runs if run["arm"] == arm]) for arm in ARMS]
     results = {"rows": rows, "seeds": SEEDS, "runs": runs, "encoders": [encoder(seed) for seed in SEEDS]}
     demo.write(OUTPUT / "results.json", results)
@@ -95,15 +95,15 @@ def encoder(seed: int) -> dict[str, Any]:
     return finished(f"encoder_{seed}", [config], make)
 
 
-def finetuned(arm: str, seed: int, split: str, lr: float, layer_decay: float) -> dict[str, Any]:
-    """`unimim segment fit` of one arm, measured on `split`, val or test."""
+def finetuned(arm: str, seed: int, split: str, **overrides: float) -> dict[str, Any]:
+    """`unimim segment fit` of one arm, measured on `split`, val or test; `overrides` are the model's."""
     start_from = encoder(seed) if arm == "pretrained" else None
     config = {**yaml.safe_load(FINETUNING.read_text()), "seed_everything": seed}
-    config["model"] |= {"lr": lr, "layer_decay": layer_decay}
+    config["model"] |= overrides
 
     def make(checkpoint: Path) -> dict[str, Any]:
         words = ["fit", "--config", str(FINETUNING), "--seed_everything", str(seed), *ALONE]
-        words += ["--model.lr", str(lr), "--model.layer_decay", str(layer_decay)]
+        words += [word for name, value in overrides.items() for word in (f"--model.{name}", str(value))]
         if start_from is not None:
             words += ["--model.checkpoint", start_from["checkpoint"]]
         start = time.perf_counter()
@@ -115,11 +115,11 @@ def finetuned(arm: str, seed: int, split: str, lr: float, layer_decay: float) ->
         return {"arm": arm, "seed": seed, **{key: measured[f"val/{key}"] for key in MEASURES}, "seconds": seconds}
 
     made_by = [config, split, start_from and start_from["made_by"]]
-    return finished(run_name(arm, seed, split, lr, layer_decay), made_by, make)
+    return finished(run_name(arm, seed, split, **overrides), made_by, make)
 
 
-def run_name(arm: str, seed: int, split: str, lr: float, layer_decay: float) -> str:
-    return f"{arm.replace(' ', '_')}_{seed}_{split}_lr{lr:g}_decay{layer_decay:g}"
+def run_name(arm: str, seed: int, split: str, **overrides: float) -> str:
+    return "_".join([arm.replace(" ", "_"), str(seed), split, *(f"{name}={value:g}" for name, value in overrides.items())])
 
 
 def summarize(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,12 +158,8 @@ def readme_with(readme: str, results: dict[str, Any]) -> str:
 
 def draw(path: Path) -> None:
     """The first test scenes: input, truth, and what both arms of the first seed say."""
-    checkpoints = {
-        arm: OUTPUT / "runs" / f"{run_name(arm, SEEDS[0], 'test', **settings)}.ckpt" for arm, settings in ARMS.items()
-    }
-    models = {
-        arm: UperNetSegmentation.load_from_checkpoint(file, weights_only=True).eval() for arm, file in checkpoints.items()
-    }
+    files = {arm: OUTPUT / "runs" / f"{run_name(arm, SEEDS[0], 'test')}.ckpt" for arm in ARMS}
+    models = {arm: UperNetSegmentation.load_from_checkpoint(file, weights_only=True).eval() for arm, file in files.items()}
     data = ScenesData(**{**yaml.safe_load(FINETUNING.read_text())["data"]["init_args"], "train_scenes": 16})
     data.setup()
     images, labels = (part[:8] for part in next(iter(data.test_dataloader())))
@@ -193,8 +189,8 @@ def tune() -> None:
     """The same grid for both arms: mIoU on the validation split, seed 0."""
     scores = {
         arm: {
-            f"{lr:g}, {decay:g}": round(finetuned(arm, 0, "val", lr, decay)["miou"], 4)
-            for lr, decay in product(LEARNING_RATES, LAYER_DECAYS)
+            f"{lr:g}, {layer_decay:g}": round(finetuned(arm, 0, "val", lr=lr, layer_decay=layer_decay)["miou"], 4)
+            for lr, layer_decay in product(LEARNING_RATES, LAYER_DECAYS)
         }
         for arm in ARMS
     }
