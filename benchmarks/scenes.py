@@ -4,9 +4,9 @@
     make scenes-readme (python benchmarks/scenes.py --readme) puts table and figure into README and docs
     make scenes-tune   (python benchmarks/scenes.py --tune)   the grid that chose learning rate and layer decay of both arms
 
-The encoder is conf/pretrain/demo_scenes.yaml's. Both arms are conf/segment/sample.yaml on the same scenes in the same order, and
-differ in the encoder's first weights alone; learning rate and layer decay are the best of the grid for either. The table is
-measured on the test split, the grid on the validation split. A finished run is kept in outputs/scenes/runs, and is not
+The encoder is conf/pretrain/demo_scenes.yaml's. Both arms are conf/segment/sample.yaml on the same scenes in the same order:
+they differ in the encoder's first weights alone; learning rate and layer decay are the best of the grid for either. The table
+is measured on the test split, the grid on the validation split. A finished run is kept in outputs/scenes/runs, and is not
 repeated unless its yaml or its settings have changed.
 """
 
