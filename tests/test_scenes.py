@@ -185,6 +185,16 @@ def test_batches(data: ScenesData) -> None:
     assert len(everything(data.val_dataloader())[0]) == len(everything(data.test_dataloader())[0]) == 30
 
 
+def test_without_labels_the_same_images_alone(root: Path, data: ScenesData) -> None:
+    alone = scenes_of(root, labelled=False)
+    assert alone.classes == []
+    assert alone.val_dataloader() == []
+    torch.manual_seed(3)
+    images = next(iter(alone.train_dataloader()))
+    torch.manual_seed(3)
+    assert torch.equal(images, next(iter(data.train_dataloader()))[0])
+
+
 def test_every_class_occurs_and_every_object_is_seen(root: Path) -> None:
     data = scenes_of(root, image_size=64, train_scenes=200, val_scenes=100)
     for split, scenes in data.splits.items():

@@ -324,6 +324,13 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_scenes_without_labels_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--config={ROOT / 'conf' / 'segment' / 'sample.yaml'}", f"--data.root={ROOT / 'data'}", "--data.train_scenes=16"]
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    said = mistake(capsys, "segment", "fit", *words, "--data.val_scenes=4", "--data.labelled=false", *off)
+    assert "segmentation needs labels, and ScenesData gives none: set data.labelled to true" in said
+
+
 def test_a_fine_tuned_classifier_is_validated_as_before(run: Run, tmp_path: Path) -> None:
     """`finetune` and `segment` take each its own checkpoints."""
     root = tmp_path / "classes"

@@ -385,13 +385,16 @@ class UperNetSegmentation(pl.LightningModule):
         """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
 
         Raises:
-            ValueError: the data has another number of classes; a batch of one image, which batch norm cannot train on.
+            ValueError: the data has no labels, or another number of classes; a batch of one image, which batch norm cannot
+                train on.
         """
         synchronised = self.synchronise() if stage == "fit" else False
         data: Any = getattr(self.trainer, "datamodule", None)
         self.sides = getattr(data, "resize", None)
         if stage == "predict" or data is None:
             return
+        if getattr(data, "labelled", True) is False:
+            raise ValueError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
         if self.classes and len(self.classes) != self.num_classes:
             raise ValueError(
