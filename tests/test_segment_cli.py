@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from unimim import SegmentationFolderData, UperNetSegmentation
 from unimim.cli import main
-from unimim.commands import finetune, segment
+from unimim.commands import SegmentCLI, finetune, segment
 from unimim.overlays import palette
 
 VIT = "vit_tiny_patch16_224"
@@ -246,6 +246,23 @@ def test_one_folder_of_photos_keeps_its_name(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "predicted"
     segment(["predict", f"--ckpt_path={run.checkpoint}", *words_for(tmp_path / "photos"), f"--output={output}"])
     assert {str(file.relative_to(output)) for file in output.rglob("*_labels.png")} == {"2024/may/0_labels.png"}
+
+
+def test_photos_are_seen_in_the_size_that_the_checkpoint_knows(run: Run, tmp_path: Path) -> None:
+    """That of its validation, [128, 32], and not the default of ADE20K; unless it is given."""
+    pictures(tmp_path / "photos", 1)
+
+    def sides(*words: str) -> Any:
+        output = f"--output={tmp_path / str(len(list(tmp_path.iterdir())))}"
+        data = ["--data=SegmentationFolderData", f"--data.root={tmp_path / 'photos'}", "--data.num_workers=0"]
+        return segment(["predict", f"--ckpt_path={run.checkpoint}", *data, output, *words, *QUIET]).model.sides
+
+    assert tuple(sides()) == (128, 32)
+    assert tuple(sides("--data.resize=[64, 16]")) == (64, 16)
+    scenes: dict[str, Any] = {"datamodule_hyper_parameters": {"image_size": 64}}  # that are all of one size
+    cli: Any = None
+    assert SegmentCLI.photos_as_trained_on(cli, scenes) == {"resize": (256, 64)}
+    assert SegmentCLI.photos_as_trained_on(cli, {}) == {}
 
 
 def test_segment_predict_leaves_out_a_photo_that_was_skipped(run: Run, tmp_path: Path) -> None:

@@ -278,7 +278,8 @@ class WholeModelCLI(TaskCLI):
                 f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of {self.task} that names its backbone (one of "
                 f"pretraining is given as --model.checkpoint)"
             )
-        given = parser.parse_args(args, defaults=False)[self.config.subcommand].get("model", Namespace())
+        all_given = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        given = all_given.get("model", Namespace())
         layers = {"backbone": described["name"], **self.layers(content)}
         for key, value in layers.items():
             if key in given and given[key] != value:
@@ -287,6 +288,10 @@ class WholeModelCLI(TaskCLI):
             config.model[key] = value
         config.model.model_args = {**described["model_args"], **(given.get("model_args") or {})}
         config.model.checkpoint = None  # the weights come from ckpt_path
+        if self.config.subcommand == "predict" and config.data is not None:
+            for key, value in self.photos_as_trained_on(content).items():
+                if key in config.data.init_args and f"data.init_args.{key}" not in all_given:
+                    config.data.init_args[key] = value
         self.weights = content["state_dict"]
 
     def instantiate_classes(self) -> None:
@@ -306,6 +311,10 @@ class WholeModelCLI(TaskCLI):
 
     def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
         """Other arguments that are taken from a checkpoint's model where they are not `given`."""
+        return {}
+
+    def photos_as_trained_on(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the data that show photos as the checkpoint's model knows images, where they are not given."""
         return {}
 
     def before_instantiate_classes(self) -> None:
@@ -378,6 +387,13 @@ class SegmentCLI(WholeModelCLI):
     def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
         known = inspect.signature(UperNetSegmentation).parameters
         return {key: value for key, value in content["hyper_parameters"].items() if key in known and key not in given}
+
+    def photos_as_trained_on(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Fitted in the size in which a validation was; for images that were of one size (scenes), that one's short side."""
+        fitted = content.get("datamodule_hyper_parameters", {})
+        size = fitted.get("image_size")
+        sides = fitted.get("resize") or ((4 * size, size) if isinstance(size, int) else None)
+        return {} if sides is None else {"resize": sides}
 
     def check_output(self, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
