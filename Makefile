@@ -43,7 +43,7 @@ demo-readme: install  ## put the demo's table and figure into README and docs
 demo-tune: install  ## the grid of learning rates behind the demo's yamls
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py --tune
 
-scenes: install  ## segmentation of composed scenes, pretrained against from scratch (40 minutes on 2 cores)
+scenes: install  ## segmentation of composed scenes, pretrained against from scratch
 	$(CPU_MEMORY) $(BIN)/python benchmarks/scenes.py
 
 scenes-readme: install  ## put the table and figure of the scenes into README and docs

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -171,19 +172,27 @@ def flattened(target: PixelTarget | HOGTarget, batches: Any) -> tuple[Tensor, Te
 
 def summarize(row: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the seeds, and half the distance between the lowest and the highest."""
-    values = {key: [result[key] for result in runs] for key in (*MEASURES, "seconds")}
+    return {"target": row, **averaged(runs, MEASURES)}
+
+
+def averaged(runs: list[dict[str, Any]], measures: Iterable[str]) -> dict[str, Any]:
+    """Means of measures and seconds over runs, and as `spread` half the distance between the lowest and the highest."""
+    values = {key: [result[key] for result in runs] for key in (*measures, "seconds")}
     means = {key: round(statistics.mean(values[key]), 4) for key in values}
-    spread = {key: round((max(values[key]) - min(values[key])) / 2, 4) for key in MEASURES}
-    return {"target": row, **means, "spread": spread}
+    return {**means, "spread": {key: round((max(values[key]) - min(values[key])) / 2, 4) for key in measures}}
+
+
+def cells(row: dict[str, Any], measures: Iterable[str]) -> str:
+    """What `averaged` gave, as cells of a table in Markdown, in percent."""
+    return " | ".join(f"{100 * row[key]:.1f} ± {100 * row['spread'][key]:.1f}" for key in measures)
 
 
 def table(results: dict[str, Any]) -> str:
     """In Markdown, as the README has it."""
     lines = [f"| target | {' | '.join(MEASURES.values())} | seconds |", "|---|---|---|---|---|"]
     for row in results["rows"]:
-        cells = [f"{100 * row[key]:.1f} ± {100 * row['spread'][key]:.1f}" for key in MEASURES]
         seconds = f"{row['seconds']:.0f}" if row["target"] in TARGETS else "-"
-        lines.append(f"| {row['target']} | {' | '.join(cells)} | {seconds} |")
+        lines.append(f"| {row['target']} | {cells(row, MEASURES)} | {seconds} |")
     for row in results["baselines"]:
         lines.append(f"| {row['target']}, no encoder | {100 * row['knn']:.1f} | {100 * row['linear']:.1f} | - | - |")
     return "\n".join(lines)
@@ -200,9 +209,14 @@ def into_readme() -> None:
 
 def readme_with(readme: str, results: dict[str, Any]) -> str:
     """The README's text with the table between its two marks."""
-    before, _, rest = readme.partition("<!-- demo -->")
-    _, _, after = rest.partition("<!-- /demo -->")
-    return f"{before}<!-- demo -->\n{table(results)}\n<!-- /demo -->{after}"
+    return between_marks(readme, "demo", table(results))
+
+
+def between_marks(text: str, mark: str, content: str) -> str:
+    """A text with `content` between its marks `<!-- mark -->` and `<!-- /mark -->`."""
+    before, _, rest = text.partition(f"<!-- {mark} -->")
+    _, _, after = rest.partition(f"<!-- /{mark} -->")
+    return f"{before}<!-- {mark} -->\n{content}\n<!-- /{mark} -->{after}"
 
 
 def draw(data: FashionMNISTData, results: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -124,17 +123,13 @@ def run_name(arm: str, seed: int, split: str, **overrides: float) -> str:
 
 def summarize(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the seeds, and half the distance between the lowest and the highest."""
-    means = {key: round(statistics.mean(run[key] for run in runs), 4) for key in (*MEASURES, "seconds")}
-    spread = {key: round((max(run[key] for run in runs) - min(run[key] for run in runs)) / 2, 4) for key in MEASURES}
-    return {"arm": arm, **means, "spread": spread}
+    return {"arm": arm, **demo.averaged(runs, MEASURES)}
 
 
 def table(results: dict[str, Any]) -> str:
     """In Markdown, as the README has it."""
     lines = [f"| encoder | {' | '.join(MEASURES.values())} | seconds of fine-tuning |", "|---|---|---|---|---|"]
-    for row in results["rows"]:
-        cells = [f"{100 * row[key]:.1f} ± {100 * row['spread'][key]:.1f}" for key in MEASURES]
-        lines.append(f"| {row['arm']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    lines += [f"| {row['arm']} | {demo.cells(row, MEASURES)} | {row['seconds']:.0f} |" for row in results["rows"]]
     return "\n".join(lines)
 
 
@@ -151,9 +146,7 @@ def into_readme() -> None:
 
 def readme_with(readme: str, results: dict[str, Any]) -> str:
     """The README's text with the table between its two marks."""
-    before, _, rest = readme.partition("<!-- scenes -->")
-    _, _, after = rest.partition("<!-- /scenes -->")
-    return f"{before}<!-- scenes -->\n{table(results)}\n<!-- /scenes -->{after}"
+    return demo.between_marks(readme, "scenes", table(results))
 
 
 def draw(path: Path) -> None:

@@ -260,9 +260,8 @@ def test_photos_are_seen_in_the_size_that_the_checkpoint_knows(run: Run, tmp_pat
     assert tuple(sides()) == (128, 32)
     assert tuple(sides("--data.resize=[64, 16]")) == (64, 16)
     scenes: dict[str, Any] = {"datamodule_hyper_parameters": {"image_size": 64}}  # that are all of one size
-    cli: Any = None
-    assert SegmentCLI.photos_as_trained_on(cli, scenes) == {"resize": (256, 64)}
-    assert SegmentCLI.photos_as_trained_on(cli, {}) == {}
+    assert SegmentCLI.photos_as_trained_on(scenes) == {"resize": (256, 64)}
+    assert SegmentCLI.photos_as_trained_on({}) == {}
 
 
 def test_segment_predict_leaves_out_a_photo_that_was_skipped(run: Run, tmp_path: Path) -> None:

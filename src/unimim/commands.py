@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -245,7 +246,7 @@ class PretrainCLI(TaskCLI):
             print_once(f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})")
 
 
-class WholeModelCLI(TaskCLI):
+class WholeModelCLI(TaskCLI, ABC):
     """What fine-tuning and segmentation share: a checkpoint that says which model it holds, and predictions of photos."""
 
     names = ("fit", "validate", "predict")
@@ -301,19 +302,20 @@ class WholeModelCLI(TaskCLI):
             load_strictly(self.model, self.weights, self.config[self.subcommand].ckpt_path)
             self.weights = None
 
+    @abstractmethod
     def holds(self, content: dict[str, Any]) -> bool:
         """Whether a checkpoint that names its backbone is one of the task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layers(self, content: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a checkpoint's model that make its layers, but for the backbone's."""
-        raise NotImplementedError
 
     def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
         """Other arguments that are taken from a checkpoint's model where they are not `given`."""
         return {}
 
-    def photos_as_trained_on(self, content: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def photos_as_trained_on(content: dict[str, Any]) -> dict[str, Any]:
         """The settings of the data that show photos as the checkpoint's model knows images, where they are not given."""
         return {}
 
@@ -388,7 +390,8 @@ class SegmentCLI(WholeModelCLI):
         known = inspect.signature(UperNetSegmentation).parameters
         return {key: value for key, value in content["hyper_parameters"].items() if key in known and key not in given}
 
-    def photos_as_trained_on(self, content: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def photos_as_trained_on(content: dict[str, Any]) -> dict[str, Any]:
         """Fitted in the size in which a validation was; for images that were of one size (scenes), that one's short side."""
         fitted = content.get("datamodule_hyper_parameters", {})
         size = fitted.get("image_size")
