@@ -7,7 +7,7 @@ FASHION := data/FashionMNIST/raw/t10k-labels-idx1-ubyte
 # On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
 CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
-.PHONY: help install data demo demo-readme demo-tune scenes scenes-readme scenes-tune table rows test test-fast lint types format notebooks bench clean
+.PHONY: help install data demo demo-readme demo-tune scenes scenes-readme scenes-tune sweep sweep-docs table recipes docs docs-serve rows test test-fast lint types format notebooks bench bench-docs clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ install: .venv/installed data  ## make .venv with everything that the other targ
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,dev,notebooks]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev,docs,notebooks]'
 	touch $@
 
 # Fashion-MNIST: Debian's package, fetched and unpacked without root; where there is no apt, torchvision downloads it.
@@ -52,8 +52,23 @@ scenes-readme: install  ## put the table and figure of the scenes into README an
 scenes-tune: install  ## the grid of learning rates and layer decays behind both arms
 	$(CPU_MEMORY) $(BIN)/python benchmarks/scenes.py --tune
 
-table: install  ## write Table 1 of the README from the recipes
+sweep: install  ## masking ratios against targets on the sample images, offline; goes on where it was interrupted
+	$(CPU_MEMORY) $(BIN)/unimim sweep conf/sweeps/mask_ratio.yaml --seeds 0 1 --trainer.enable_progress_bar=false
+
+sweep-docs: install  ## put the sweep's table and figure into docs
+	$(BIN)/python docs/sweeps.py
+
+table: install  ## write Table 1 of README and docs from the recipes
 	$(BIN)/python docs/table1.py
+
+recipes: install  ## write docs/recipes.md from the recipes' headers
+	$(BIN)/python docs/recipes.py
+
+docs: install  ## build the documentation site into outputs/site
+	$(BIN)/mkdocs build --strict
+
+docs-serve: install  ## show the documentation site while it is written
+	$(BIN)/mkdocs serve
 
 rows: install  ## two steps of every recipe at full size, one after the other (16 GB, half an hour on 2 cores)
 	@for file in conf/pretrain/*.yaml; do echo "== $$file"; $(CPU_MEMORY) $(BIN)/unimim pretrain fit --config "$$file" \
@@ -80,7 +95,10 @@ notebooks: install  ## execute the notebooks
 	@for file in $(wildcard notebooks/*.ipynb); do $(BIN)/jupyter execute "$$file" || exit 1; done
 
 bench: install  ## run the benchmarks
-	@for file in $(filter-out benchmarks/demo.py benchmarks/scenes.py,$(wildcard benchmarks/*.py)); do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
+	@for file in $(filter-out benchmarks/demo.py benchmarks/scenes.py benchmarks/report.py,$(wildcard benchmarks/*.py)); do $(CPU_MEMORY) $(BIN)/python "$$file" || exit 1; done
+
+bench-docs: install  ## put what the benchmarks measured into docs/performance.md
+	$(BIN)/python benchmarks/report.py
 
 clean:  ## remove environment and caches; data and outputs stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -1,35 +1,33 @@
-"""Microseconds per image of drawing masks for a batch of 256 at 14x14, beside MAE's batched draw and BEiT's loop per image.
+"""Microseconds per image of drawing masks at 14x14, by size of the batch, beside MAE's batched draw and BEiT's loop per image.
 
-make bench        (python benchmarks/masks.py)         a table, and outputs/bench/masks.json
+make bench        (python benchmarks/masks.py)         a table for each batch size, outputs/bench/masks_BATCH.json
+    python benchmarks/masks.py --device cuda           the same there, outputs/bench/masks_BATCH_cuda.json
 """
 
-import json
+import argparse
 import math
-import platform
 import random
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
+from report import in_turn, machine, report
 from torch import Tensor
 
 from unimim import BlockMasking, RandomMasking
 
-BATCH, GRID, RATIO, REPETITIONS = 256, (14, 14), 0.4, 15
+BATCHES, GRID, RATIO, REPETITIONS = (16, 256), (14, 14), 0.4, 15
 
 
 def mae(images: Tensor) -> Tensor:
     """MAE's way: argsort of noise, and the ranks below the count."""
     cells = GRID[0] * GRID[1]
-    ranks = torch.rand(len(images), cells).argsort(1).argsort(1)
+    ranks = torch.rand(len(images), cells, device=images.device).argsort(1).argsort(1)
     return ranks < round(RATIO * cells)
 
 
 def beit(images: Tensor) -> Tensor:
     """BEiT's way, one image and one rectangle after the other; it may stop short of the count."""
-    return torch.stack([beit_of_one() for _ in images])
+    return torch.stack([beit_of_one() for _ in images]).to(images.device)
 
 
 def beit_of_one() -> Tensor:
@@ -51,35 +49,34 @@ def beit_of_one() -> Tensor:
     return mask
 
 
-def microseconds(draw: Callable[[Tensor], Tensor], images: Tensor) -> list[float]:
-    """Per image, of each repetition after a warm-up."""
-    draw(images)
-    times = []
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        draw(images)
-        times.append(1e6 * (time.perf_counter() - start) / len(images))
-    return times
-
-
 def main() -> None:
-    images = torch.zeros(BATCH, 3, 1, 1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    device = parser.parse_args().device
+    for batch in BATCHES:
+        measure(torch.zeros(batch, 3, 1, 1, device=device))
+
+
+def measure(images: Tensor) -> None:
+    """A masking reads nothing of the images but their number and device."""
+    batch, device = len(images), images.device.type
+    reference = "random, MAE's argsort (reference)"
     ways = {
-        "random, MAE's argsort (reference)": mae,
-        "RandomMasking": lambda x: RandomMasking(RATIO)(x, GRID),
-        "BlockMasking": lambda x: BlockMasking(RATIO)(x, GRID),
-        "block, BEiT's loop per image": beit,
+        reference: partial(mae, images),
+        "RandomMasking": partial(RandomMasking(RATIO), images, GRID),
+        "BlockMasking": partial(BlockMasking(RATIO), images, GRID),
+        "block, BEiT's loop per image": partial(beit, images),
     }
-    times = {name: microseconds(way, images) for name, way in ways.items()}
-    reference = statistics.median(times["random, MAE's argsort (reference)"])
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {BATCH}, grid {GRID}"
-    print(f"{machine}\n\n| masks | median us/image | min | max | times the reference |\n|---|---|---|---|---|")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"| {name} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | {median / reference:.2f} |")
-    file = Path("outputs/bench/masks.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": machine, "microseconds_per_image": times}, indent=1) + "\n")
+    seconds = in_turn(ways, REPETITIONS, device=device)
+    report(
+        f"masks_{batch}" if device == "cpu" else f"masks_{batch}_cuda",
+        {name: {"values": [1e6 * value / batch for value in values]} for name, values in seconds.items()},
+        of="masks",
+        unit="us/image",
+        setup=f"batch {batch}, grid {GRID}, {REPETITIONS} repetitions in turn after a warm-up",
+        machine=machine(device=device),
+        reference=reference,
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,27 @@
 """What several tests share: tiny parts of the equation, and a repository root."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from unimim import BlockMasking, HOGTarget, LinearHead, MaskedImageModeling, MaskTokenStudent, Student, VisibleStudent
 
 ROOT = Path(__file__).parent.parent
+OF_A_TASK = {
+    "pretrain": "normalization:",
+    "finetune": "layer_decay:",
+    "probe": "lrs:",
+    "knn": "k: 20",
+    "export": "to: timm",
+    "segment": "auxiliary_weight:",
+    "sweep": "normalization:",
+}
+"""What `--print_config` shows of each task."""
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY = {
@@ -66,7 +79,7 @@ def tiny_student(kind: str = "vit") -> Student:
     return student
 
 
-def tiny_model(**changes: object) -> MaskedImageModeling:
+def tiny_model(task: type[MaskedImageModeling] = MaskedImageModeling, **changes: object) -> MaskedImageModeling:
     """A whole equation of tiny parts; `changes` replace arguments."""
     parts: dict[str, object] = {
         "teacher": HOGTarget(patch_size=8, cell_size=4),
@@ -77,9 +90,46 @@ def tiny_model(**changes: object) -> MaskedImageModeling:
         "loss": nn.MSELoss(),
         "warmup_epochs": 1,
     }
-    return MaskedImageModeling(**{**parts, **changes})
+    return task(**{**parts, **changes})
+
+
+def narrow_recipe(recipe: Path, folder: Path) -> Path:
+    """The recipe with student, teacher and decoder of two narrow blocks, as a file in the folder."""
+    config = yaml.safe_load(recipe.read_text())
+    narrow = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    student, teacher = config["model"]["student"]["init_args"], config["model"]["teacher"]
+    of_teacher = teacher.get("init_args", {}) if isinstance(teacher, dict) else {}
+    if student["backbone"].startswith("swin"):
+        narrow_student: dict[str, object] = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    else:
+        narrow_student = {**narrow, "depth": of_teacher.get("top_blocks", 2)}
+    student["model_args"] = {**student.get("model_args", {}), **narrow_student}
+    head = config["model"]["head"]
+    if isinstance(head, dict) and "Decoder" in head["class_path"]:
+        head["init_args"] = {**head.get("init_args", {}), "width": 24, "depth": 2, "num_heads": 2}
+    if isinstance(of_teacher.get("network"), str):
+        of_teacher["model_args"] = {**of_teacher.get("model_args", {}), **narrow}
+    file = folder / recipe.name
+    file.write_text(yaml.safe_dump(config))
+    return file
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Counts in the next test too, and in the processes that it starts: after one Lightning ignores it."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """As many in the next test: later digits depend on them."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, "the test has set another number of threads for all that follow"

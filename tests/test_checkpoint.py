@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import EMATarget, FeatureTarget, FineTuning, MaskTokenStudent, load_backbone
+from unimim import EMATarget, FeatureTarget, FineTuning, MaskedImageModeling, MaskTokenStudent, load_backbone
 from unimim import checkpoint as travel
 from unimim.checkpoint import LoadReport, describe_backbone, export
 
@@ -393,6 +393,25 @@ def test_the_file_alone_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert str(backbone.load_report).startswith(f"{path} -> vit_tiny_patch16_224: {len(pretrained)} loaded, 0 resized,")
     assert str(backbone.load_report) in caplog.text
     assert sum(reason == "the teacher" for reason in backbone.load_report.dropped.values()) > len(pretrained)
+
+
+def test_what_a_subclass_added_is_told_and_left_out(tmp_path: Path) -> None:
+    class WithMore(MaskedImageModeling):
+        def __init__(self, **parts: Any) -> None:
+            super().__init__(**parts)
+            self.second = nn.Linear(2, 3)
+            self.scale = nn.Parameter(torch.zeros(()))
+
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False)  # fmt: skip
+    model = tiny_model(WithMore)
+    trainer.fit(model, DataLoader(torch.rand(4, 3, 32, 32), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "more.ckpt")
+    backbone = load_backbone(tmp_path / "more.ckpt")
+    check_partition(backbone.load_report, model.state_dict(), backbone)
+    own = "a part of one's own training, beside the encoder"
+    assert {key for key, why in backbone.load_report.dropped.items() if why == own} == {"second.weight", "second.bias", "scale"}
+    assert export(tmp_path / "more.ckpt", tmp_path / "more.pth").is_file()
 
 
 def test_a_checkpoint_of_version_0_1(tmp_path: Path) -> None:

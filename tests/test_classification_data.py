@@ -15,6 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
 from unimim import ClassFolderData
+from unimim.data.classification import timm_transform
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 PLAIN: dict[str, Any] = {"auto_augment": None, "color_jitter": 0.0, "flip": 0.0}
@@ -110,9 +111,28 @@ def test_every_image_has_the_label_of_its_folder(tmp_path: Path) -> None:
             for label in labels.tolist():
                 seen[label] += 1
         assert seen == count
-    orders = [torch.cat([labels for _, labels in data.train_dataloader()]).tolist() for _ in range(4)]
+    loader, orders = data.train_dataloader(), []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        orders.append(torch.cat([labels for _, labels in loader]).tolist())
     assert orders[0] != sorted(orders[0]) or orders[1] != sorted(orders[1])  # shuffled
     assert len({tuple(order) for order in orders}) > 1
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+def test_an_image_of_which_no_bit_is_kept_is_black(policy: str) -> None:
+    """timm posterizes to 0 bits at its highest magnitude, which Pillow 13 refuses."""
+    parts = timm_transform(32, is_training=True, auto_augment=policy).transforms[0].transforms
+    pairs = [pair for part in parts for pair in (getattr(part, "ops", []), *getattr(part, "policy", []))]
+    posterizing = [operation for pair in pairs for operation in pair if "Posterize" in operation.name]
+    assert posterizing
+    white = Image.new("RGB", (40, 40), "white")
+    for operation in posterizing:
+        operation.prob, operation.magnitude_std = 1, 0
+        operation.magnitude = 10 if operation.name == "PosterizeIncreasing" else 0
+        assert operation(white).getextrema() == ((0, 0),) * 3
+        operation.magnitude = 5
+        assert operation(white).getextrema() == ((192, 192),) * 3
 
 
 def test_the_augmentation_is_timms_by_hand(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import unimim
-from unimim.cli import main
+from unimim.cli import TASKS, main
 
 MASKDISTILL = str(ROOT / "conf/pretrain/maskdistill_vit_base.yaml")
 SMALL = [
@@ -73,7 +73,7 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
         assert said == "unimim: error: there is no subcommand of pretrain 'fti'. Did you mean 'fit'? Known: fit\n"
     elif words == ["pretrian"]:
         assert done.returncode
-        known = "pretrain, finetune, segment, probe, knn, export"
+        known = "pretrain, finetune, segment, probe, knn, export, sweep"
         assert said == f"unimim: error: there is no task 'pretrian'. Did you mean 'pretrain'? Known: {known}\n"
     else:
         assert not done.returncode
@@ -200,6 +200,7 @@ def test_an_unreadable_image_in_a_worker_is_one_line(capsys: pytest.CaptureFixtu
         "--data.num_workers=1",
         f"--trainer.default_root_dir={photos}",
         "--trainer.logger=false",
+        "--pictures=false",  # which would look at it before a worker does
     )
     assert "unreadable image" in line
     assert "broken.png" in line
@@ -261,7 +262,7 @@ def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str], photos
 
     words = ["--model.teacher={class_path: FeatureTarget, init_args: {dim: 112, resolution: 64, mean: [0.5, 0.5, 0.5], "
              "std: [0.5, 0.5, 0.5], network: {class_path: unimim.EfficientNetLite0}}}"]  # fmt: skip
-    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1"]
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1", "--pictures=false"]
     model = pretrain([*SMALL, f"--data.root={photos}", *words, *off, "--random_weights"]).model
     said = capsys.readouterr().out
     assert "WARNING: --random_weights" in said
@@ -325,3 +326,25 @@ def test_teacher_weights_from_a_file(photos: Path, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(loaded[key].cpu(), value) for key, value in weights.items() if key != "pos_embed")
     (checkpoint,) = photos.rglob("*.ckpt")
     assert checkpoint.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("unimim ", list(TASKS)),
+        ("unimim pre", ["pretrain"]),
+        ("unimim segment ", ["fit", "validate", "predict"]),
+        ("unimim segment v", ["validate"]),
+        ("unimim segment fit --con", []),
+        ("unimim knn out", []),
+    ],
+)
+def test_a_shell_completes_tasks_and_subcommands(line: str, expected: list[str], tmp_path: Path) -> None:
+    """As `register-python-argcomplete unimim` makes bash ask, which completes files itself where nothing is answered."""
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+             "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "COMP_LINE": line, "COMP_POINT": str(len(line))}  # fmt: skip
+    done = run_unimim(**asked)
+    assert done.returncode == 0, done.stderr
+    assert answer.read_text().split() == expected

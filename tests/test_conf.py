@@ -20,13 +20,14 @@ every_row = pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 
 
 def two_steps(path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> None:
-    """From another working directory, so that what is written shows; the data is the repository's."""
+    """From another working directory, so that what is written shows: pictures alone. The data is the repository's."""
     monkeypatch.chdir(folder)
     command = ["fit", "--config", str(path), "--config", str(DEBUG), "--data.root", str(ROOT / "data"), *words]
     cli = pretrain([*command, "--trainer.enable_progress_bar=false"])
     assert cli.trainer.global_step == 2
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    assert list(folder.iterdir()) == []
+    written = {path.relative_to(folder / "outputs/debug/pictures").name for path in folder.rglob("*") if path.is_file()}
+    assert written == {"epoch=0-step=2.png", ".nomedia"}
 
 
 @every_row

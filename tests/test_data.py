@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from conftest import tiny_model
 from PIL import Image
 from torch import distributed
 
 from unimim import ClassFolderData, FashionMNISTData, ImageFolderData
 from unimim.data import fashion_mnist
-from unimim.data.folder import ImageFiles, each_once, read_image
+from unimim.data.folder import ImageFiles, each_once, image_files
+from unimim.data.photos import read_image
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), value: int = 128) -> Path:
@@ -28,6 +31,31 @@ def folder(root: Path, **options: object) -> ImageFolderData:
     return data
 
 
+def trained_on(data: ImageFolderData) -> list[torch.Tensor]:
+    """The batches of an epoch as a training step gets them."""
+    return [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+def test_a_folder_that_says_so_is_passed_over_with_all_below(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in ("a", "a/b", "c"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "x.jpg")
+    assert len(image_files(tmp_path)) == 3
+    (tmp_path / "a" / ".nomedia").touch()
+    with caplog.at_level("INFO"):
+        assert image_files(tmp_path) == [tmp_path / "c" / "x.jpg"]
+    assert caplog.text.count(f"{tmp_path / 'a'} has a file .nomedia: its images are passed over") == 1
+
+
+def test_batches_of_the_loader_alone_are_told_to_need_the_data_module(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.jpg")
+    data = ImageFolderData(str(tmp_path), 32, batch_size=1, num_workers=0)
+    data.setup()
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"gave a Crop, which the data module finishes on the device: fit\(model, data\)"):
+        trainer.fit(tiny_model(), data.train_dataloader())
+
+
 def test_nested_and_flat_folders_any_size_and_mode(tmp_path: Path) -> None:
     save(tmp_path / "flat.png", "P", (5, 90))
     save(tmp_path / "a" / "gray.jpg", "L")
@@ -35,7 +63,7 @@ def test_nested_and_flat_folders_any_size_and_mode(tmp_path: Path) -> None:
     save(tmp_path / "a" / "alpha.webp", "RGBA", (300, 200))
     save(tmp_path / "one.bmp", "1", (1, 1))
     (tmp_path / "notes.txt").write_text("no image")
-    batches = list(folder(tmp_path).train_dataloader())
+    batches = trained_on(folder(tmp_path))
     assert [tuple(batch.shape) for batch in batches] == [(2, 3, 16, 16)] * 2
     for batch in batches:
         assert batch.dtype == torch.float32
@@ -56,14 +84,18 @@ def test_the_augmentation_crops_flips_and_jitters(tmp_path: Path) -> None:
     left = np.zeros((32, 32, 3), np.uint8)
     left[:, 16:] = 200
     Image.fromarray(left).save(tmp_path / "a.png")
-    image = read_image(tmp_path / "a.png")
-    plain = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=0.0).augmentation(image)
-    flipped = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=1.0).augmentation(image)
+
+    def augmented(**options: object) -> torch.Tensor:
+        (batch,) = trained_on(folder(tmp_path, batch_size=1, **options))
+        return batch[0]
+
+    plain = augmented(crop_scale=(1.0, 1.0), flip=0.0)
+    flipped = augmented(crop_scale=(1.0, 1.0), flip=1.0)
     torch.testing.assert_close(plain.flip(-1), flipped)
-    torch.manual_seed(0)
-    small = [folder(tmp_path, batch_size=1, crop_scale=(0.05, 0.06), flip=0.0).augmentation(image) for _ in range(20)]
-    assert any(crop.max() < 0.1 for crop in small)  # a crop of a twentieth is often of one half only
-    jittered = folder(tmp_path, batch_size=1, crop_scale=(1.0, 1.0), flip=0.0, color_jitter=0.4).augmentation(image)
+    data = folder(tmp_path, batch_size=1, crop_scale=(0.05, 0.06), flip=0.0)
+    small = [data.images[epoch, 0][0] for epoch in range(20)]
+    assert any(crop.max() < 20 for crop in small)  # a crop of a twentieth is often of one half only
+    jittered = augmented(crop_scale=(1.0, 1.0), flip=0.0, color_jitter=0.4)
     assert not torch.allclose(plain, jittered)
     assert jittered.max() <= 1
 
@@ -85,12 +117,12 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
     bad.write_bytes(save(tmp_path / "whole.jpg", size=(200, 200)).read_bytes()[:300])
     (tmp_path / "c.png").write_bytes(b"no image at all")
     save(tmp_path / "d.png")
-    with pytest.raises(ValueError, match=r"unreadable image .*b\.jpg .*data\.on_bad_image=skip"):
+    with pytest.raises(ValueError, match=r"unreadable image .*(b\.jpg|c\.png) .*data\.on_bad_image=skip"):
         list(folder(tmp_path, batch_size=5).train_dataloader())
     data = folder(tmp_path, batch_size=5, on_bad_image="skip")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (batch,) = data.train_dataloader()
+        (batch,) = trained_on(data)
     assert len(batch) == 5  # the next readable image takes the place
     marked = [path.name for path, bad in zip(data.images.files, data.images.unreadable, strict=True) if bad]
     assert marked == ["b.jpg", "c.png"]
@@ -206,7 +238,12 @@ def test_fashion_mnist_comes_flipped_half_of_the_time(tmp_path: Path) -> None:
     data = fashion(tmp_path)
     images, _ = data.splits["train"]
     images[:, :, :14] = 0
-    (batches,) = [torch.cat([batch for _ in range(10) for batch in data.train_dataloader()])]
+    loader = data.train_dataloader()
+    seen = []
+    for epoch in range(10):
+        loader.sampler.set_epoch(epoch)
+        seen += list(loader)
+    batches = torch.cat(seen)
     lit_right = batches[:, 0, 16, 20] > 0
     lit_left = batches[:, 0, 16, 11] > 0
     assert not (lit_left & lit_right).any()

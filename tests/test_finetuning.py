@@ -639,7 +639,7 @@ def test_finetune_that_goes_on_knows_where_it_began(run: Run) -> None:
     model = FineTuning.load_from_checkpoint(run.checkpoint, weights_only=True)
     assert model.checkpoint is None
     model.trainer = pl.Trainer(**QUIET)
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"state_dict": {}}
     model.on_save_checkpoint(content)
     assert content["pretrained_from"] == str(run.pretrained)
 

@@ -12,7 +12,13 @@ import unimim
 SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
+    "selection": 0,
+    "pictures": 0,
     "interfaces": 1,
+    "randomness": 1,
+    "saving": 1,
+    "target_files": 1,
+    "waiting": 1,
     "positions": 1.5,
     "masking": 2,
     "targets": 2,
@@ -22,7 +28,10 @@ FLOORS = {
     "upernet": 2,
     "overlays": 2,
     "losses": 2,
+    "launching": 2,
     "optim": 2,
+    "sharding": 2,
+    "faults": 2,
     "checkpoint": 2,
     "data": 2,
     "efficientnet_lite": 2,
@@ -32,6 +41,7 @@ FLOORS = {
     "segmentation": 3,
     "callbacks": 3.5,  # beside the tasks, and of them
     "commands": 4,
+    "sweeping": 4.5,  # calls a command for each trial
     "cli": 5,
     "__main__": 6,
 }

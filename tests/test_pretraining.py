@@ -1,5 +1,6 @@
 """The step against equation 1 written out, and the training around it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,20 +8,28 @@ import pytorch_lightning as pl
 import torch
 from conftest import tiny_model, tiny_student
 from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from unimim import (
+    AttentiveProbe,
+    CodebookTarget,
     FeatureTarget,
+    FineTuning,
+    Frozen,
+    HOGTarget,
     LayerNorm,
     LinearHead,
+    LinearProbe,
     MaskedImageModeling,
     Masking,
     MaskTokenStudent,
     PixelTarget,
     RandomMasking,
     TargetGenerator,
+    UperNetSegmentation,
 )
 from unimim.interfaces import Grid
 from unimim.optim import parameter_groups, warmup_cosine
@@ -191,7 +200,7 @@ def test_a_nan_loss_stops_with_one_line(tmp_path: Path) -> None:
         def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
             return F.mse_loss(prediction, target) * torch.nan
 
-    message = r"became NaN or infinite by step 0 \(lr 1.00e-06\): try a lower model.lr"
+    message = r"became NaN or infinite by step 0 \(lr 1.00e-06, gradient norm nan, .*\): try a lower model.lr"
     with pytest.raises(FloatingPointError, match=message) as caught:
         fit(tiny_model(loss=Diverging()), torch.rand(4, 3, 32, 32), tmp_path)
     assert "\n" not in str(caught.value)
@@ -202,12 +211,12 @@ def test_a_nan_that_no_step_looked_at_is_seen_before_saving(tmp_path: Path) -> N
     model = tiny_model()
     trainer = fit(model, torch.rand(4, 3, 32, 32), tmp_path)
     trainer.save_checkpoint(tmp_path / "good.ckpt")
-    model.diverged |= torch.tensor(True)
+    model.guard.skipped += 1
     with pytest.raises(FloatingPointError):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
     with pytest.raises(FloatingPointError):
-        model.on_train_end()
+        model.guard.on_train_end(trainer, model)
 
 
 @pytest.mark.parametrize("wrong", [{"selection": "hidden"}, {"lr": 0.0}, {"weight_decay": -1.0}, {"warmup_epochs": -1.0}])
@@ -325,3 +334,84 @@ def test_the_head_is_a_factory() -> None:
     model = tiny_model(head=factory)
     assert heads == [(model.student, model.teacher)]
     assert model.head.linear.weight.shape == (model.teacher.dim, model.student.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"teacher": HOGTarget}, "model.teacher is the class HOGTarget, but has to be an object of it: HOGTarget(...)"),
+        ({"normalization": LayerNorm}, "model.normalization is the class LayerNorm, but has to be an object"),
+        ({"masking": RandomMasking}, "model.masking is the class RandomMasking, but has to be an object"),
+        ({"student": MaskTokenStudent}, "model.student is the class MaskTokenStudent, but has to be an object"),
+        ({"loss": nn.MSELoss}, "model.loss is the class MSELoss, but has to be an object of it: MSELoss(...)"),
+        ({"loss": F.mse_loss}, "model.loss is of the type function, but has to be a Module, such as torch.nn.SmoothL1Loss()"),
+        (
+            {"teacher": "pixels"},
+            "model.teacher is of the type str, but has to be a TargetGenerator, such as unimim.HOGT",
+        ),
+        (
+            {"masking": LayerNorm},
+            "model.masking is the class LayerNorm, but has to be a Masking, such as unimim.BlockM",
+        ),
+        ({"student": nn.Linear(1, 1)}, "model.student is of the type Linear, but has to be a Student, such as unimim.MaskTok"),
+        ({"head": LinearHead(tiny_student(), PixelTarget(8))}, "model.head is a LinearHead object, but it is made here"),
+        ({"head": nn.Linear}, "model.head is the class Linear, but has to be a class of heads, such as unimim.LinearHead"),
+        ({"head": "linear"}, "model.head is 'linear', but has to be a class of heads, such as unimim.LinearHead"),
+        ({"head": lambda student, target: 7}, "what model.head makes is of the type int, but has to be a Head"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_class_in_place_of_an_object_and_the_reverse(parts: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        tiny_model(**parts)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_part_that_a_subclass_adds_learns(tmp_path: Path) -> None:
+    """With the weight decay of any other, and no other parameter is left out or comes twice."""
+
+    class WithSecondTerm(MaskedImageModeling):
+        def __init__(self, **parts: object) -> None:
+            super().__init__(**parts)
+            self.second = nn.Linear(self.student.embed_dim, 3)
+
+        def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+            nothing = torch.zeros(len(images), *self.student.grid_size, dtype=torch.bool)
+            second = self.second(self.student(images, nothing)).square().mean()
+            self.log("train/second", second)
+            return super().training_step(images, batch_idx) + second
+
+    parts = {
+        "teacher": PixelTarget(8),
+        "normalization": nn.Identity(),
+        "masking": RandomMasking(0.5),
+        "student": tiny_student(),
+    }
+    model = WithSecondTerm(**parts, head=LinearHead, loss=nn.MSELoss(), lr=0.1, warmup_epochs=0)
+    weight, bias = model.second.weight, model.second.bias
+    before = weight.detach().clone()
+    trainer = fit(model, torch.rand(8, 3, 32, 32), tmp_path)
+    assert {"train/loss", "train/second"} <= set(trainer.callback_metrics)
+    assert not torch.equal(weight, before)
+    undecayed, decayed = trainer.optimizers[0].param_groups
+    assert any(p is weight for p in decayed["params"])
+    assert any(p is bias for p in undecayed["params"])
+    learning = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(id(p) for group in (undecayed, decayed) for p in group["params"]) == sorted(learning)
+
+
+@pytest.mark.parametrize("task", [FineTuning, LinearProbe, AttentiveProbe, UperNetSegmentation])
+def test_a_backbone_is_a_timm_model_and_no_class(task: type[pl.LightningModule]) -> None:
+    for backbone, expected in {
+        VisionTransformer: r"^model.backbone is the class VisionTransformer, but has to be an object of it: VisionTrans.*\)$",
+        tiny_student(): r"^model.backbone is a MaskTokenStudent, which is no timm model.*\(of a student, give its backbone\)$",
+    }.items():
+        with pytest.raises(ValueError, match=expected) as refused:
+            task(backbone=backbone, num_classes=5)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"model.teacher.network is the class Conv2d, but has to be an object of it: Conv2d"):
+        FeatureTarget(nn.Conv2d, dim=3, mean=(0, 0, 0), std=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"model.teacher.features is the class HOGTarget, but has to be an object of it: HOGT"):
+        CodebookTarget(HOGTarget)
+    with pytest.raises(ValueError, match=r"the network in Frozen is the class Conv2d, but has to be an object of it: Conv2d"):
+        Frozen(nn.Conv2d)

@@ -199,10 +199,33 @@ def test_the_layout_of_hog() -> None:
     assert (hog[hog > 0] == 1).all()
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.5, 0.7, 1.0])
 def test_flat_cells_have_an_empty_histogram(level: float) -> None:
-    """Zeros, not nan. Only at levels whose sums are exact: elsewhere a flat cell holds rounding errors scaled to length 1."""
+    """Zeros, not nan; and no rounding errors scaled to length 1, which Sobel's kernels as a convolution leave."""
     assert (HOGTarget()(torch.full((1, 3, 32, 32), level), (2, 2)) == 0).all()
+
+
+def test_hog_of_pieces_is_hog_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU works on a few images at a time, five here and then two."""
+    images = torch.rand(7, 3, 32, 48)
+    whole = HOGTarget()(images, (2, 3))
+    monkeypatch.setattr("unimim.targets.hog.PIXELS_AT_ONCE", 6 * images[0].numel() - 1)
+    assert torch.equal(HOGTarget()(images, (2, 3)), whole)
+    assert torch.equal(torch.cat([HOGTarget()(image[None], (2, 3)) for image in images]), whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_pixel_that_is_no_number_spoils_its_cell_alone(value: float) -> None:
+    """The target is nan there, which training takes for what it is."""
+    images = torch.rand(2, 3, 32, 32)
+    clean = HOGTarget()(images, (2, 2))
+    images[1, 2, 20, 4] = value
+    hog = HOGTarget()(images, (2, 2))
+    spoilt = torch.zeros(2, 2, 2, 3, 9, 2, 2, dtype=torch.bool)
+    spoilt[1, 1, 0, 2, :, 0, 0] = True
+    spoilt = spoilt.flatten(3)
+    assert not hog[spoilt].isfinite().all()
+    assert torch.equal(hog[~spoilt], clean[~spoilt])
 
 
 def test_hog_does_not_see_the_normalization_of_pixels(hog_images: Tensor) -> None:

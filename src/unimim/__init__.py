@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unimim.callbacks import KNNCallback as KNNCallback
+    from unimim.callbacks import PictureCallback as PictureCallback
+    from unimim.callbacks import TrainingBar as TrainingBar
     from unimim.checkpoint import LoadReport as LoadReport
     from unimim.checkpoint import export as export
     from unimim.checkpoint import load_backbone as load_backbone
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from unimim.data.segmentation import ADE20KData as ADE20KData
     from unimim.data.segmentation import SegmentationFolderData as SegmentationFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
+    from unimim.faults import StopOnSignal as StopOnSignal
     from unimim.finetuning import FineTuning as FineTuning
     from unimim.heads import DecoderHead as DecoderHead
     from unimim.heads import LinearHead as LinearHead
@@ -42,9 +45,14 @@ if TYPE_CHECKING:
     from unimim.pretraining import MaskedImageModeling as MaskedImageModeling
     from unimim.probing import AttentiveProbe as AttentiveProbe
     from unimim.probing import LinearProbe as LinearProbe
+    from unimim.randomness import ExactResume as ExactResume
+    from unimim.randomness import ResumableSampler as ResumableSampler
+    from unimim.randomness import SeededSamples as SeededSamples
+    from unimim.saving import AtomicCheckpointIO as AtomicCheckpointIO
     from unimim.segmentation import UperNetSegmentation as UperNetSegmentation
     from unimim.students import MaskTokenStudent as MaskTokenStudent
     from unimim.students import VisibleStudent as VisibleStudent
+    from unimim.targets.cache import CachedTarget as CachedTarget
     from unimim.targets.color import MeanColorTarget as MeanColorTarget
     from unimim.targets.dalle import DVAETarget as DVAETarget
     from unimim.targets.ema import EMAHeadTarget as EMAHeadTarget
@@ -60,9 +68,11 @@ if TYPE_CHECKING:
 
 MODULE_OF = {
     "ADE20KData": "data.segmentation",
+    "AtomicCheckpointIO": "saving",
     "AttentiveMasking": "masking",
     "AttentiveProbe": "probing",
     "BlockMasking": "masking",
+    "CachedTarget": "targets.cache",
     "CenteredSoftmax": "normalizations",
     "ClassFolderData": "data.classification",
     "CodebookTarget": "targets.tokens",
@@ -72,6 +82,7 @@ MODULE_OF = {
     "EMAHeadTarget": "targets.ema",
     "EMATarget": "targets.ema",
     "EfficientNetLite0": "efficientnet_lite",
+    "ExactResume": "randomness",
     "FCNHead": "upernet",
     "FashionMNISTData": "data.fashion_mnist",
     "FeaturePyramid": "upernet",
@@ -93,15 +104,20 @@ MODULE_OF = {
     "Masking": "interfaces",
     "MeanColorTarget": "targets.color",
     "NoMasking": "masking",
+    "PictureCallback": "callbacks",
     "PixelTarget": "targets.pixels",
     "PromptingDecoderHead": "heads",
     "PrototypeHead": "heads",
     "RandomMasking": "masking",
     "ScenesData": "data.scenes",
+    "ResumableSampler": "randomness",
+    "SeededSamples": "randomness",
     "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
+    "StopOnSignal": "faults",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
+    "TrainingBar": "callbacks",
     "UperNetHead": "upernet",
     "UperNetSegmentation": "segmentation",
     "VQKDTarget": "targets.tokens",

@@ -52,6 +52,32 @@ def own_seed() -> Iterator[None]:
         yield
 
 
+def check_object(name: str, given: object, kind: type, example: str) -> None:
+    """
+    Raises:
+        ValueError: an argument, called `name`, is no object of its kind: a class, perhaps, that was not called.
+    """
+    if isinstance(given, kind):
+        return
+    if isinstance(given, type) and issubclass(given, kind):
+        raise ValueError(f"{name} is the class {given.__name__}, but has to be an object of it: {given.__name__}(...)")
+    what = f"the class {given.__name__}" if isinstance(given, type) else f"of the type {type(given).__name__}"
+    raise ValueError(f"{name} is {what}, but has to be a {kind.__name__}, such as {example}")
+
+
+def check_timm_model(name: str, given: object) -> None:
+    """
+    Raises:
+        ValueError: an argument, called `name`, is no timm model: a class, perhaps, or a student that has one.
+    """
+    check_object(name, given, nn.Module, "what timm.create_model or unimim.load_backbone gives")
+    if not hasattr(given, "pretrained_cfg"):
+        raise ValueError(
+            f"{name} is a {type(given).__name__}, which is no timm model: it has no pretrained_cfg, which says how to "
+            f"normalize pixels (of a student, give its backbone)"
+        )
+
+
 def check_image_size(backbone: Any, images: Tensor) -> None:
     """
     Raises:
@@ -65,6 +91,18 @@ def check_image_size(backbone: Any, images: Tensor) -> None:
             f"the images are {given} pixels, but the backbone was built for {wanted}: set data.image_size, or img_size in "
             f"model_args"
         )
+
+
+def checkpoint_activations(backbone: Any) -> None:
+    """Lets a timm model keep only the input of each block for the backward pass, which computes the rest again.
+
+    Raises:
+        ValueError: it knows no such thing.
+    """
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"{type(backbone).__name__} knows no activation checkpointing: set checkpointing to false") from error
 
 
 def check_name(name: str) -> None:
@@ -99,6 +137,11 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Nearest: {', '.join(matches)}" if matches else ""
 
 
+def is_in_shards(path: str | Path) -> bool:
+    """Whether it is a checkpoint of `ModelParallelStrategy`: a folder with a file of each process."""
+    return (Path(path) / "meta.pt").is_file()
+
+
 def read_file(path: str | Path) -> Any:
     """What a `.safetensors` file or a file of `torch.save` holds; its pickle may hold nothing but tensors and plain data.
 
@@ -106,9 +149,14 @@ def read_file(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, of another kind, or a pickle that wants to run code.
+        ValueError: the file is truncated, of another kind, a folder of shards, or a pickle that wants to run code.
     """
     path = Path(path)
+    if is_in_shards(path):
+        raise ValueError(
+            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
+            f"{path} --output_file FILE"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to read weights from")
     with path.open("rb") as file:

@@ -44,13 +44,24 @@ class LoadReport:
     Each key of the file is in one of `loaded`, `resized`, `renamed`, `dropped`, `unexpected` and `misshapen`; each key of
     the model that the file did not fill is in `new` or `missing`. All are dicts of the key to what was done, or why; the
     last three are empty unless it was loaded with `strict=False`.
+
+    Attributes:
+        source: the file, or the timm name.
+        prefix: what stands before the encoder's keys in the file.
+        backbone: what was built, as a checkpoint describes it: timm name, model_args, mean and std.
+        loaded: as they are.
+        resized: positions and patch embeddings of another size.
+        renamed: under another key in the model, or under several.
+        dropped: the model has no use for them.
+        new: the file cannot have them, such as a new classifier.
+        unexpected: of the file, and nothing accounts for it.
+        misshapen: of another shape than the model's.
+        missing: of the model, and not in the file.
     """
 
     source: str
     prefix: str
-    """What stands before the encoder's keys in the file."""
     backbone: dict[str, Any]
-    """What was built, as a checkpoint describes it: timm name, model_args, mean and std."""
     loaded: dict[str, str]
     resized: dict[str, str]
     renamed: dict[str, str]
@@ -135,9 +146,9 @@ def load_backbone(source: str | Path, backbone: str | None = None, strict: bool 
     for the name. Mind the tag: `vit_base_patch16_224.mae` has ImageNet's, `vit_base_patch16_224` has 0.5.
 
     Args:
-        source: a checkpoint of pretraining or fine-tuning, which needs nothing else; a timm name, for its weights from the
-            hub; or a `.pth`, `.pt` or `.safetensors` file with the keys of timm, MAE, BEiT, BEiT v2 or Swin, under any
-            prefix.
+        source: a checkpoint of pretraining or fine-tuning, which needs nothing else, and gives the average of the weights
+            where `EMAWeightAveraging` kept one; a timm name, for its weights from the hub; or a `.pth`, `.pt` or
+            `.safetensors` file with the keys of timm, MAE, BEiT, BEiT v2 or Swin, under any prefix.
         backbone: the timm name to build for a file that does not say it.
         strict: False warns of keys that nothing accounts for, and loads the others.
         model_args: arguments of the timm model, beside those it was trained with, or instead of them.
@@ -227,6 +238,8 @@ def account(
         wrong = [expected[target] for target, (tensor, _) in fitted.items() if tensor.shape != expected[target].shape]
         if not found or (wrong and name.startswith(heads) and value.shape[1:] == wrong[0].shape[1:]):
             note = why_needless(name, value, wrong, expected, heads, inside)
+            if not note and not inside and "model_args" in described:  # of our checkpoints the prefix is known to be right
+                note = "a part of one's own training, beside the encoder"
             kind = "dropped" if note else "unexpected"
         elif wrong:
             kind, note = "misshapen", f"{tuple(value.shape)} for {tuple(wrong[0].shape)}"
@@ -380,7 +393,12 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
     card: how to load it, the recipe, the data and the metrics as far as the checkpoint knows them, and what was left out.
 
     Args:
+        checkpoint: of pretraining or fine-tuning.
         destination: the file to write, `.pth` (or `.pt`), or `.safetensors`.
+        format: "timm", a file of `torch.save`, or "safetensors".
+
+    Returns:
+        The file that was written.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

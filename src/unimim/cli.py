@@ -1,6 +1,8 @@
 """The command line: `unimim TASK SUBCOMMAND`. torch is imported once a task has been chosen, not before."""
 
+import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -14,6 +16,7 @@ TASKS = {
     "probe": ("a linear or attentive probe on the frozen backbone", ("fit", "validate")),
     "knn": ("accuracy of the frozen backbone's nearest neighbours", ()),
     "export": ("a checkpoint's backbone as a file for timm", ()),
+    "sweep": ("the trials of a W&B sweep file, without an account", ()),
 }
 """What each is, and its subcommands."""
 
@@ -36,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the words after `unimim`; None takes those of the process.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     words = list(sys.argv[1:] if args is None else args)
     task = words[0] if words else "--help"
     if task in ("-h", "--help"):
@@ -51,9 +56,22 @@ def main(args: Sequence[str] | None = None) -> None:
         unknown(f"subcommand of {task}", words[1], subcommands)
     if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
         sys.path.insert(0, str(Path.cwd()))
-    from unimim import commands
+    from unimim import commands, sweeping
 
-    getattr(commands, task)(words[1:])
+    getattr(sweeping if task == "sweep" else commands, task)(words[1:])
+
+
+def complete() -> None:
+    """Answers argcomplete, with which a shell completes a task or its subcommand, and ends. (Options would take torch.)"""
+    import argcomplete
+
+    parser = argparse.ArgumentParser(add_help=False)
+    tasks = parser.add_subparsers()
+    for name, (_, subcommands) in TASKS.items():
+        task = tasks.add_parser(name, add_help=False)
+        if subcommands:
+            task.add_argument("subcommand", choices=subcommands)
+    argcomplete.autocomplete(parser)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:

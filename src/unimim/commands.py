@@ -1,10 +1,12 @@
 """The tasks behind the command line: Lightning's CLI, which answers a user's mistake with one line."""
 
+import atexit
 import difflib
 import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
@@ -13,25 +15,40 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import yaml  # type: ignore[import-untyped]
+from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from jsonargparse import ActionYesNo, Namespace
+from lightning_fabric.plugins import CheckpointIO
+from lightning_fabric.utilities.cloud_io import get_filesystem
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
-from unimim.backbones import description, load_strictly, read_file
+from unimim.backbones import description, is_in_shards, load_strictly, read_file
+from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
+from unimim.faults import StopOnSignal
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 from unimim.probing import Feature, Probe, accuracy, extract_features
 from unimim.probing import knn as nearest_neighbours
+from unimim.saving import AtomicCheckpointIO, KeepRecipe, SameCheckpoint, is_whole, newest_first, recipe_in, run_folder
 from unimim.segmentation import UperNetSegmentation
+from unimim.targets import CachedTarget
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
@@ -42,6 +59,12 @@ LETTER_TYPES: dict[str, type] = {
     "data": pl.LightningDataModule,
     "model": Probe,
 }
+CHOSEN = "UNIMIM_RESUME"
+"""The variable in which a process tells those that it starts what `--resume auto` found, after its own id."""
+FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers")}
+"""What may differ between runs of one recipe: it changes no number of a good training, or the run that goes on says so."""
+GLOO = ("gloo/transport", "timeout caused pair closure")
+"""What tells an error of gloo, by which processes without GPUs talk; the second where an earlier wait has failed."""
 Result = TypeVar("Result")
 UNION = "Does not validate against any of the Union subtypes"
 """How jsonargparse begins when a class that may be left out cannot be made; what its constructor said follows in a list."""
@@ -134,7 +157,9 @@ def settings(task: str) -> dict[str, Any]:
         "auto_configure_optimizers": False,
         "seed_everything_default": 0,
         "save_config_callback": SaveConfig,
+        "save_config_kwargs": {"save_to_log_dir": False},
         "trainer_defaults": {
+            "callbacks": [StopOnSignal()],
             "enable_model_summary": False,  # the pretraining's table of the six letters takes its place
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "outputs", "name": task}},
         },
@@ -151,24 +176,47 @@ def in_one_line(command: Callable[[], Result]) -> Result:
     for name in unimim.__all__:  # a class is known by its short name once it is imported
         getattr(unimim, name)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not of the user's
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(is_no_tip)
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # the teacher has to be
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     try:
         return command()
     except Exception as error:
-        if os.environ.get("UNIMIM_TRACEBACK") or not is_mistake(error):
+        if os.environ.get("UNIMIM_TRACEBACK"):
+            raise
+        if any(sign in str(error) for sign in GLOO):
+            sys.exit(f"unimim: error: {cause_of_silence(str(error))}")
+        if not is_mistake(error):
             raise
         lines = str(error).strip().splitlines()
-        of_a_class = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
-        last_line = of_a_class[0] if UNION in lines[0] else lines[-1]  # a worker's error has its traceback above
+        last_line = lines[-1]  # a worker's error has its traceback above
+        if UNION in lines[0]:
+            of_a_class = [line.strip() for line in dropwhile(lambda line: not line.strip().startswith("- "), lines)]
+            of_a_class = of_a_class or lines[-1:]
+            last_line = " ".join(of_a_class[: 2 if of_a_class[0].endswith(":") else 1]).removeprefix("- ")
         sys.exit(f"unimim: error: {re.sub(r'^[a-zA-Z.]+(Error|Exception): ', '', last_line)}")
+
+
+def is_no_tip(record: logging.LogRecord) -> bool:
+    """Whether Lightning says something of this run."""
+    return "Tip:" not in record.getMessage()
+
+
+def cause_of_silence(text: str) -> str:
+    """Why another process gave no answer, and gloo's words for it: `[.../gloo/transport/tcp/pair.cc:561] WORDS. ADVICE`."""
+    words = re.split(r"\[\S*gloo/transport\S*\] ", text)[-1].split(". ")[0].strip()
+    if re.search("timed? ?out", words, re.IGNORECASE):
+        return f"another process of this run hangs, or takes longer than trainer.strategy.timeout for a step ({words})"
+    if re.search("closed by peer|reset by peer|broken pipe", words, re.IGNORECASE):
+        return f"another process of this run has ended; what it said tells why ({words})"
+    return f"the processes of this run cannot reach each other ({words})"
 
 
 def is_mistake(error: Exception) -> bool:
     """Whether a `raise` of this package made it, here or in a data loader's worker: then its text says it all."""
     if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and str(error).startswith(UNION)):
         return True
-    if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
+    if not isinstance(error, (ValueError, OSError, FloatingPointError)):
         return False
     in_worker = re.findall(r'File "(.+?)", line .+\n\s*(.+)', str(error))
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -177,11 +225,26 @@ def is_mistake(error: Exception) -> bool:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml beside what the logger writes, and nothing where there is no logger."""
+    """Writes config.yaml into the run's folder, beside its checkpoints, and nothing where there is no logger.
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+    Lightning's own writes it for W&B into the working directory, where the next run finds it and ends.
+    """
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """
+        Raises:
+            ValueError: a run of this folder has one already.
+        """
+        if not trainer.loggers:
+            return
+        folder = run_folder(trainer)
+        path, files = f"{folder}/{self.config_filename}", get_filesystem(folder)
+        if files.isfile(path):
+            raise ValueError(
+                f"{path} is there already, of an earlier run: set another version, name or save_dir of trainer.logger"
+            )
+        files.makedirs(folder, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
 
 
 class TaskCLI(LightningCLI):
@@ -196,13 +259,123 @@ class TaskCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
-        self.config = parser.parse_args(args)
-        checkpoint = self.config[self.config.subcommand].ckpt_path
-        if checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
+        self.config = parser.parse_args(configs_first(args))
+        config = self.config[self.config.subcommand]
+        checkpoint = config.ckpt_path
+        if config.resume and (checkpoint or self.config.subcommand != "fit"):
+            reason = "finds the checkpoint itself: leave --ckpt_path out" if checkpoint else "is for fit"
+            sys.exit(f"unimim: error: --resume auto {reason}")
+        if checkpoint not in (None, "hpc") and is_in_shards(checkpoint):
+            check_shards(checkpoint, config.trainer.strategy)
+        elif checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
             found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
             if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
                 found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
+
+    def instantiate_classes(self) -> None:
+        """Looks for the checkpoint of `--resume auto`, once the configuration is what a run saves; looks at Slurm before."""
+        config: Any = self.config[self.subcommand]
+        check_slurm(config.trainer.plugins)
+        if self.subcommand != "fit":
+            super().instantiate_classes()
+            return
+        resume, config.resume = config.resume is not None, None  # the configuration that is saved has the path itself
+        whole = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        recipe = {part: whole.get(part) for part in ("seed_everything", "model", "data")}
+        if resume:
+            self.resume(recipe)
+        super().instantiate_classes()
+        callbacks: Any = self.trainer
+        callbacks.callbacks.append(KeepRecipe(recipe))
+        if resume:
+            callbacks.callbacks.append(SameCheckpoint(config.ckpt_path))
+        for callback in callbacks.callbacks:
+            if isinstance(callback, StopOnSignal) and resume:
+                callback.resumed_from = config.ckpt_path
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Chooses what is not given: the precision, `AtomicCheckpointIO` to write checkpoints, and what a person sees.
+
+        Looks that as many processes were started as the Trainer counts, and that W&B's run can be logged.
+        """
+        given = self.config_init[self.subcommand].trainer
+        if given.precision is None:
+            kwargs["precision"] = default_precision(given.accelerator, given.plugins)
+        plugins = given.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(part, CheckpointIO) for part in (*plugins, getattr(given.strategy, "_checkpoint_io", None))):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        callbacks = given.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        trainer = super().instantiate_trainer(plugins=plugins, callbacks=self.shown(callbacks), **kwargs)
+        check_processes(trainer)
+        start_wandb(trainer)
+        return trainer
+
+    def shown(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
+        """The callbacks that are given, and what shows the training to a person."""
+        given: Any = self.config_init[self.subcommand].trainer
+        has_bar = given.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
+        return callbacks if has_bar else [*callbacks, TrainingBar()]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """After an error, ends the processes that Lightning started with this one as it ends: one that hangs would stay."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            launcher = self.trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                atexit.register(launcher.kill, _get_sigkill_signal())
+            raise
+
+    def resume(self, recipe: dict[str, Any]) -> None:
+        """Sets ckpt_path to the newest complete checkpoint of this recipe, if there is one; says so.
+
+        Processes that the first one starts take its choice. Those that torchrun or Slurm starts look themselves, all at once,
+        before any of them writes; `SameCheckpoint` sees to it that they found the same. So each of them reads the file once
+        more than it loads it: 0.5 s a GB on one CPU, from the memory of a machine where another has just read it.
+
+        Raises:
+            ValueError: there is none, but one of Lightning's own requeueing, from which it would go on whatever it is; and as
+                `checkpoint_places`.
+        """
+        config: Any = self.config[self.subcommand]
+        parent, _, chosen = os.environ.get(CHOSEN, "").partition(":")
+        if parent == str(os.getppid()) and int(os.environ.get("LOCAL_RANK", 0)) > 0:  # else it is a run of its own
+            config.ckpt_path = chosen or None
+            return
+        places = checkpoint_places(config.trainer)
+        found = newest_first(path for place, pattern in places.items() for path in place.glob(pattern))
+        path, differences = first_of(recipe, found)
+        config.ckpt_path = None if path is None else str(path)
+        os.environ[CHOSEN] = f"{os.getpid()}:{path or ''}"
+        more = [f"{len(differences) - 3} more"] if len(differences) > 3 else []
+        because = "; ".join(differences[:3] + more)
+        if path is None:
+            root = Path(config.trainer.default_root_dir or ".")
+            if SLURMEnvironment.detect() and (left := next(root.glob("hpc_ckpt_*.ckpt"), None)):
+                raise ValueError(
+                    f"--resume auto finds no checkpoint of this recipe, but Lightning would go on from {left}, of a run "
+                    f"that it requeued: move it elsewhere, or give --ckpt_path {left}"
+                )
+            named = " or ".join(map(str, places))
+            because = because and f", because {because}"
+            print_once(f"--resume auto: {named} has no complete checkpoint of this recipe: the run starts anew{because}")
+            return
+        if is_in_shards(path):
+            check_shards(str(path), config.trainer.strategy)
+        if because:
+            print_once(f"--resume auto: newer ones are passed over, because {because}")
+        print_once(f"--resume auto: this run goes on from {path}")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"],
+            default=None,
+            help="auto: go on from the newest complete checkpoint of this recipe where its runs save, if there is one (fit)",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's own hyperparameters over those that are given; here what is given counts."""
@@ -212,38 +385,72 @@ class PretrainCLI(TaskCLI):
     """`unimim pretrain fit`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--random_weights",
             action=ActionYesNo,
             default=False,
             help="build every pretrained network that has no file of weights with random ones, to try a recipe offline",
         )
+        parser.add_argument(
+            "--cache",
+            type=str | None,
+            default=None,
+            help="read the frozen teacher's targets from this folder, into which those that it lacks are written first",
+        )
+        parser.add_argument("--views", type=int | None, default=None, help="fixed views of each image in the cache (4)")
+        parser.add_argument(
+            "--pictures",
+            type=bool,
+            default=True,
+            help="draw a few images, their targets and predictions while training (PictureCallback in trainer.callbacks: how)",
+        )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        self.read_from_cache(config)
         if not config.random_weights:
             return
-        changed = []
-        for path, part in parts(config.model, "model"):
-            of_ones_own = isinstance(part.init_args.get("network"), Namespace)  # it has the argument itself, or has none
-            if (
-                "weights" in part.init_args
-                and not of_ones_own
-                and part.init_args.weights in (None, "random", default(part, "weights"))
-            ):
-                part.init_args.weights = "random"
-                changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
-        if changed:
+        if changed := draw_weights(config.model):
             print_once(
                 f"WARNING: --random_weights: {', '.join(changed)} built with RANDOM weights. "
                 f"This run tries the recipe; what it learns means nothing."
             )
 
+    def read_from_cache(self, config: Namespace) -> None:
+        """Puts the teacher into a `CachedTarget` if there is a --cache, also in the configuration that is saved."""
+        if config.cache is not None:
+            if config.model.teacher.class_path.endswith("CachedTarget"):
+                sys.exit("unimim: error: --cache: model.teacher is a CachedTarget already, leave --cache out")
+            views = {} if config.views is None else {"views": config.views}
+            arguments = {name: known.default for name, known in inspect.signature(CachedTarget).parameters.items()}
+            arguments |= {"teacher": config.model.teacher, "folder": config.cache, **views}
+            config.model.teacher = Namespace(class_path="unimim.CachedTarget", init_args=Namespace(arguments))
+        elif config.views is not None:
+            sys.exit("unimim: error: --views is for a cache: give --cache FOLDER")
+        config.cache = config.views = None
+
+    def shown(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
+        if not self.config_init[self.subcommand].pictures:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, PictureCallback)]
+        elif not any(isinstance(callback, PictureCallback) for callback in callbacks):
+            callbacks = [*callbacks, PictureCallback()]
+        return super().shown(callbacks)
+
     def after_fit(self) -> None:
-        """Says where the encoder is."""
+        """Says where the pictures and the encoder are, and how it learns to classify."""
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, PictureCallback) and callback.path:
+                print_once(f"pictures: {callback.path}")
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path:
-            print_once(f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})")
+            student = self.model.student
+            print_once(
+                f"checkpoint: {path}\nthe encoder, in Python: unimim.load_backbone({path!r})\nnext: unimim finetune fit "
+                f"--model.backbone {student.name} --model.checkpoint {shlex.quote(path)} --data ClassFolderData --data.root "
+                f"FOLDER --data.image_size {max(student.image_size)} --model.num_classes CLASSES --trainer.max_epochs 100"
+            )
 
 
 class WholeModelCLI(TaskCLI, ABC):
@@ -254,8 +461,6 @@ class WholeModelCLI(TaskCLI, ABC):
     """As the user knows it."""
     photos: str
     """Data that takes a folder of photos."""
-    usage: str
-    """Which commands take its checkpoint."""
     weights: dict[str, Any] | None = None
     """Those of the checkpoint, until it is known that they fit."""
 
@@ -272,6 +477,8 @@ class WholeModelCLI(TaskCLI, ABC):
             sys.exit(f"unimim: error: ckpt_path is missing: {name} needs --ckpt_path FILE of a {self.task}")
         if config.ckpt_path in (None, "hpc"):
             return
+        if self.config.subcommand == "fit" and is_in_shards(config.ckpt_path):  # what is given says which model it is
+            return
         content = read_file(config.ckpt_path)
         described = description(content)
         if described is None or not self.holds(content):
@@ -279,7 +486,7 @@ class WholeModelCLI(TaskCLI, ABC):
                 f"unimim: error: ckpt_path: {config.ckpt_path} is no checkpoint of {self.task} that names its backbone (one of "
                 f"pretraining is given as --model.checkpoint)"
             )
-        all_given = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        all_given = parser.parse_args(configs_first(args), defaults=False)[self.config.subcommand]
         given = all_given.get("model", Namespace())
         layers = {"backbone": described["name"], **self.layers(content)}
         for key, value in layers.items():
@@ -332,6 +539,10 @@ class WholeModelCLI(TaskCLI, ABC):
         if not output.parent.is_dir():
             sys.exit(f"unimim: error: output: there is no folder {output.parent}")
 
+    def photo_options(self) -> str:
+        """What the command line needs to say of photos beside where they are."""
+        return ""
+
     def before_predict(self) -> None:
         """Looks that the data can be predicted."""
         if type(self.datamodule).predict_dataloader is pl.LightningDataModule.predict_dataloader:
@@ -339,10 +550,11 @@ class WholeModelCLI(TaskCLI, ABC):
             sys.exit(f"unimim: error: data: {kind} has no predict_dataloader: --data {self.photos} takes a folder of photos")
 
     def after_fit(self) -> None:
-        """Says where the model is."""
+        """Says where the model is, and how it predicts."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path:
-            print_once(f"checkpoint: {path}\nto use it: {self.usage}")
+            command = f"{self.parser.prog} predict --ckpt_path {shlex.quote(path)} --data {self.photos} --data.root PHOTOS"
+            print_once(f"checkpoint: {path}\nnext: {command}{self.photo_options()}")
 
 
 class FinetuneCLI(WholeModelCLI):
@@ -350,9 +562,9 @@ class FinetuneCLI(WholeModelCLI):
 
     task = "fine-tuning"
     photos = "ClassFolderData"
-    usage = "unimim finetune validate|predict --ckpt_path, unimim export --checkpoint"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--output", default="predictions.csv", help="where predict writes file, labels and probabilities")
 
     def holds(self, content: dict[str, Any]) -> bool:
@@ -360,6 +572,10 @@ class FinetuneCLI(WholeModelCLI):
 
     def layers(self, content: dict[str, Any]) -> dict[str, Any]:
         return {"num_classes": content["backbone"]["model_args"]["num_classes"]}
+
+    def photo_options(self) -> str:
+        size = self.datamodule.hparams.get("image_size")  # data of one's own may be without
+        return f" --data.image_size {size}" if isinstance(size, int) else ""
 
     def after_predict(self) -> None:
         """Writes the predictions."""
@@ -375,9 +591,9 @@ class SegmentCLI(WholeModelCLI):
 
     task = "segmentation"
     photos = "SegmentationFolderData"
-    usage = "unimim segment validate|predict --ckpt_path"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--output", default="predictions", help="the folder for predict's overlays and label maps")
 
     def holds(self, content: dict[str, Any]) -> bool:
@@ -471,6 +687,119 @@ def run_function(function: Callable[..., Result], prog: str, args: list[str]) ->
     return function(**options)
 
 
+def check_shards(checkpoint: str, strategy: Any) -> None:
+    """Ends with one line where a strategy cannot read a folder of shards."""
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if name != "ModelParallelStrategy" and "fsdp" not in name.lower():
+        sys.exit(
+            f"unimim: error: ckpt_path: {checkpoint} is a folder of shards, which trainer.strategy {name} cannot "
+            f"read: set it to ModelParallelStrategy, or make the folder one file with python -m "
+            f"lightning_fabric.utilities.consolidate_checkpoint {checkpoint} --output_file FILE"
+        )
+
+
+def configs_first(words: list[str]) -> list[str]:
+    """The words of a subcommand, its files of configuration before all others: an option counts over them wherever it stands.
+
+    jsonargparse takes the words as they come, and W&B's agent promises no order.
+    """
+    if not words or words[0].startswith("-"):  # the subcommand comes later
+        return words
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(words[1:])
+    for word in rest:
+        if word in ("-c", "--config"):
+            files += [word, *islice(rest, 1)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return [words[0], *files, *others]
+
+
+def start_wandb(trainer: pl.Trainer) -> None:
+    """Starts the run of a WandbLogger with no terminal in sight, where wandb would ask for a key and wait for an answer.
+
+    Raises:
+        ValueError: wandb cannot start one: it has no key and is not told to be offline, or does not reach its server.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            terminal = sys.stdin
+            try:
+                with Path(os.devnull).open() as sys.stdin:
+                    _ = logger.experiment
+            except wandb.Error as error:
+                raise ValueError(
+                    f"trainer.logger: W&B starts no run ({str(error).strip().rstrip('.')}): give it a key with wandb login, or "
+                    f"set WANDB_MODE=offline, which needs no account"
+                ) from error
+            finally:
+                sys.stdin = terminal
+
+
+def checkpoint_places(trainer: Namespace) -> dict[Path, str]:
+    """The folders in which runs save that have this `trainer` section, each with the pattern of the checkpoints in it.
+
+    Raises:
+        ValueError: the logger chooses a folder (another than CSVLogger and TensorBoardLogger), or one is on no local disk.
+    """
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    configured = [callback for callback in callbacks if isinstance(callback, Namespace)]
+    savers = [callback for callback in configured if issubclass(import_object(callback.class_path), ModelCheckpoint)]
+    dirpaths = [callback.get("init_args", Namespace()).get("dirpath") for callback in savers]
+    logger = trainer.logger[0] if isinstance(trainer.logger, list) and trainer.logger else trainer.logger
+    kind = logger.class_path.rpartition(".")[-1] if isinstance(logger, Namespace) else logger
+    places = {str(dirpath): "**/*.ckpt" for dirpath in dirpaths if dirpath}
+    if kind in ("CSVLogger", "TensorBoardLogger"):
+        places[f"{logger.init_args.save_dir}/{logger.init_args.name or ''}"] = "*/checkpoints/**/*.ckpt"
+    elif kind is False:
+        places[f"{trainer.default_root_dir or '.'}/checkpoints"] = "**/*.ckpt"
+    else:
+        raise ValueError(
+            f"--resume auto looks through the runs of a CSVLogger or a TensorBoardLogger, but trainer.logger is {kind}: put a "
+            f"CSVLogger before it, or give --ckpt_path FILE"
+        )
+    for place in places:
+        if get_protocol(place) != "file":
+            raise ValueError(f"--resume auto looks through folders of local disks, not {place}: give --ckpt_path FILE")
+    return {Path(place).expanduser(): pattern for place, pattern in places.items()}
+
+
+def first_of(recipe: dict[str, Any], found: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first complete checkpoint of a recipe, and how those before it differ. Says which are not complete."""
+    differences: dict[str, None] = {}
+    for path in found:
+        theirs = recipe_in(path)
+        difference = differing(recipe, theirs) if theirs else None
+        if difference:
+            name, here, there = difference
+            differences[f"{name} differs: {there} in {path.parent}, {here} here"] = None
+        elif theirs == {}:
+            differences[f"{path} does not say of which recipe it is"] = None
+        elif theirs and is_whole(path):
+            return path, list(differences)
+        else:
+            print_once(f"--resume auto: {path} is not complete, and is passed over")
+    return None, list(differences)
+
+
+def differing(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two recipes differ, with both values, if they do.
+
+    An argument that one of them does not know, because a class has got it since or has lost it, is no difference.
+    """
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return None if ours == theirs else (key, ours, theirs)
+    free = FREE.get(key.partition(".")[0], ())
+    of_a_class = key == "model" or key.endswith("init_args")
+    names = [name for name in {**ours, **theirs} if name not in free]
+    names = [name for name in names if (name in ours) == (name in theirs) or not of_a_class]
+    found = (differing(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip(".")) for name in names)
+    return next((difference for difference in found if difference), None)
+
+
 def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
     """Every class in a parsed configuration, with the path of its key."""
     if isinstance(config, Namespace):
@@ -479,6 +808,21 @@ def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
             config = config.init_args
         for key, value in vars(config).items():
             yield from parts(value, f"{path}.{key}")
+
+
+def draw_weights(model: Namespace) -> list[str]:
+    """Random weights for every pretrained network in a parsed configuration that has no file of weights; says which."""
+    changed = []
+    for path, part in parts(model, "model"):
+        of_ones_own = isinstance(part.init_args.get("network"), Namespace)  # it has the argument itself, or has none
+        if (
+            "weights" in part.init_args
+            and not of_ones_own
+            and part.init_args.weights in (None, "random", default(part, "weights"))
+        ):
+            part.init_args.weights = "random"
+            changed.append(f"{path} ({part.class_path.rpartition('.')[-1]})")
+    return changed
 
 
 class Parser(LightningArgumentParser):

@@ -12,15 +12,22 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, create_backbone
+from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
-from unimim.optim import fitting_lr, layer_decay_groups, schedule
+from unimim.faults import SkipNonFinite, guarded
+from unimim.launching import check_processes, step_in_words
+from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
+from unimim.randomness import exact_resume
+from unimim.sharding import gather, scatter, shard
+from unimim.waiting import log_loss
 
 
 class FineTuning(pl.LightningModule):
     """Cross-entropy on the logits of a timm classifier, with a lower learning rate for lower layers.
 
-    The recipe's defaults here are plain; `conf/finetune` has the published ones.
+    The recipe's defaults here are plain; `conf/finetune` has the published ones. A subclass overrides what it wants otherwise:
+    `forward`, `augment`, `training_step`, `validation_step`, `configure_optimizers`, or `configure_callbacks`, where it adds to
+    `super()`'s.
 
     Args:
         backbone: a timm name, or a timm model with a classifier, such as
@@ -33,16 +40,21 @@ class FineTuning(pl.LightningModule):
             is silent.
         scale_lr: take that lr, `lr * batch / recipe_batch`; warmup_lr and min_lr follow.
         layer_decay: factor on the learning rate from each block to the one below (BEiT v2, ViT-B: 0.65).
-        betas, weight_decay: AdamW's.
-        warmup_epochs: epochs (or a part of one) of linear warm-up from `warmup_lr`.
+        betas: AdamW's.
+        weight_decay: AdamW's; 1-D parameters do not decay.
+        warmup_epochs: epochs (or a part of one) of linear warm-up.
+        warmup_lr: where it begins, absolute.
         min_lr: where the head's cosine ends.
         label_smoothing: of the cross-entropy (BEiT v2: 0.1).
-        mixup, cutmix: alpha of each, one of the two is drawn for every batch (BEiT v2: 0.8 and 1.0); 0 is none.
+        mixup: its alpha (BEiT v2: 0.8); 0 is none. With `cutmix`, one of the two is drawn for every batch.
+        cutmix: its alpha (BEiT v2: 1.0); 0 is none.
         erasing: probability of random erasing, of an image (BEiT v2: 0.25).
         head_init_scale: factor on a new classifier's weights (BEiT v2: 0.001); one from a file stays as it is.
+        checkpointing: less memory for more time: activations are computed again in the backward pass.
+        max_skipped_updates: updates whose loss or gradient is NaN or infinite change nothing; more than this many end the run.
 
     Raises:
-        ValueError: the model has no classifier, a number is out of its range; and as `load_backbone`.
+        ValueError: the backbone is no timm model or has no classifier, a number is out of its range; and as `load_backbone`.
     """
 
     mean: Tensor
@@ -68,6 +80,8 @@ class FineTuning(pl.LightningModule):
         cutmix: float = 0.0,
         erasing: float = 0.0,
         head_init_scale: float = 1.0,
+        checkpointing: bool = False,
+        max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -92,6 +106,7 @@ class FineTuning(pl.LightningModule):
             )
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
+        self.guard = SkipNonFinite(max_skipped_updates)
         self.checkpoint = self.pretrained_from = checkpoint
         self.backbone: Any = backbone
         if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
@@ -106,9 +121,12 @@ class FineTuning(pl.LightningModule):
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+        check_timm_model("model.backbone", self.backbone)
         classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
             raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
+        if checkpointing:
+            checkpoint_activations(self.backbone)
         config = self.backbone.pretrained_cfg
         self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
         self.lr_scale = 1.0
@@ -149,7 +167,7 @@ class FineTuning(pl.LightningModule):
         """(images [b 3 H W] in [0, 1], labels [b]) -> the loss."""
         images, labels = self.augment(*batch)
         loss: Tensor = self.loss(self.backbone(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        log_loss(self, loss)
         return loss
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,21 +195,39 @@ class FineTuning(pl.LightningModule):
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 
+    def on_validation_epoch_start(self) -> None:
+        gather(self)
+
+    def on_validation_epoch_end(self) -> None:
+        scatter(self)
+
     # Its optimization
+
+    def configure_model(self) -> None:
+        """Shards the backbone where the strategy asks for it."""
+        shard(self, [self.backbone])
 
     def configure_optimizers(self) -> Any:
         """AdamW in groups by layer, with warm-up and cosine per step."""
         lr, warmup_lr, min_lr = (self.lr_scale * rate for rate in (self.lr, self.warmup_lr, self.min_lr))
         groups = layer_decay_groups(self.backbone, lr, self.weight_decay, self.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=self.betas)
+        optimizer = fused_adamw(groups, lr, self.betas)
         return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The guard against updates that are not finite, and what makes a resumed run exact.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        """
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.
 
         Raises:
-            ValueError: the data has another number of classes; an odd batch, which cannot be mixed.
+            ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
         """
+        check_processes(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None:
             return
@@ -213,15 +249,21 @@ class FineTuning(pl.LightningModule):
         self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 
     def on_fit_start(self) -> None:
-        """Says so where nothing pretrained is fine-tuned."""
+        """Says the effective values of a step."""
         trainer: Any = self.trainer
-        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and trainer.ckpt_path is None:
+        if batch := getattr(trainer.train_dataloader, "batch_size", None):
+            rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
+
+    def on_train_start(self) -> None:
+        """Says so where nothing pretrained is fine-tuned. (Under FSDP2 the checkpoint of a resumed run is not known before.)"""
+        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and self.trainer.ckpt_path is None:
             rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
 
     # What it keeps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs to know, the names of the classes, and the metrics as last measured."""
+        """Adds what `load_backbone` needs, the names of the classes, and the last metrics; what is not finite is not saved."""
+        self.guard.check_saved(self.trainer, checkpoint)
         described = describe_network(self.backbone, self.hparams, self.mean, self.std)
         if described is not None:
             checkpoint["backbone"] = described

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
+from unimim.selection import count_of, inverse, pick, places, put, rows
 
 
 class LinearHead(Head):
@@ -45,7 +46,8 @@ class PrototypeHead(Head):
     Args:
         student: gives d, the width of the tokens.
         target: gives c, the number of prototypes.
-        hidden, bottleneck: widths of the MLP's layers (iBOT: 2048 and 256).
+        hidden: width of the MLP's first two layers (iBOT: 2048).
+        bottleneck: width of its last layer, and of a prototype (iBOT: 256).
 
     Raises:
         ValueError: as `LinearHead`.
@@ -108,8 +110,8 @@ class Decoder(Head):
         """One block."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Through all blocks: [b prefix+n width], bool [b prefix+n] True = hidden -> [b prefix+n width]"""
+    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Through all blocks: [b prefix+n width], bool [b h w] -> [b prefix+n width]"""
 
     def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
         """[b prefix+visible d], or [b h w d], bool [b h w], bool [b h w] -> [m c]"""
@@ -118,9 +120,10 @@ class Decoder(Head):
             tokens = rearrange(tokens, "b h w d -> b (h w) d")
         else:
             tokens = with_mask_tokens(tokens, mask, self.mask_token, self.num_prefix_tokens)
-        hidden = F.pad(mask.flatten(1), (self.num_prefix_tokens, 0))
-        tokens = self.decode(tokens + self.positions, hidden)[:, self.num_prefix_tokens :]
-        prediction: Tensor = self.predict(self.norm(tokens[selected.flatten(1)]))
+        tokens = self.decode(tokens + self.positions, mask)[:, self.num_prefix_tokens :]
+        h, w = mask.shape[1:]
+        tokens = pick(rearrange(tokens, "b (h w) d -> b h w d", h=h, w=w), selected)
+        prediction: Tensor = self.predict(self.norm(tokens))
         return prediction
 
 
@@ -130,16 +133,19 @@ class DecoderHead(Decoder):
     From Python, with arguments: `head=functools.partial(DecoderHead, depth=4)`.
 
     Args:
-        student, target: give the widths, when the model is built.
-        width, depth, num_heads: of the decoder (MAE: 512, 8, 16).
+        student: gives d, the width of its tokens.
+        target: gives c, the channels of the target.
+        width: of the decoder's tokens (MAE: 512).
+        depth: its blocks (MAE: 8).
+        num_heads: of their attention (MAE: 16).
     """
 
     def block(self, width: int, num_heads: int) -> nn.Module:
         """timm's, as in MAE's official code."""
         return Block(width, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
 
-    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """[b prefix+n width], bool [b prefix+n] -> [b prefix+n width]"""
+    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
@@ -152,8 +158,11 @@ class PromptingDecoderHead(Decoder):
     values in every block, beside the hidden patches' own.
 
     Args:
-        student, target: give the widths, when the model is built.
-        width, depth, num_heads: of the decoder (MILAN: 512, 8, 16).
+        student: gives d, the width of its tokens.
+        target: gives c, the channels of the target.
+        width: of the decoder's tokens (MILAN: 512).
+        depth: its blocks (MILAN: 8).
+        num_heads: of their attention (MILAN: 16).
 
     Raises:
         ValueError: the student does not drop patches; and as `Decoder`.
@@ -170,13 +179,15 @@ class PromptingDecoderHead(Decoder):
         """MILAN's."""
         return PromptingBlock(width, num_heads)
 
-    def decode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """[b prefix+n width], bool [b prefix+n] -> [b prefix+n width]"""
-        fixed = rearrange(tokens[~hidden], "(b n) d -> b n d", b=len(tokens))
-        asking = rearrange(tokens[hidden], "(b n) d -> b n d", b=len(tokens))
+    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""
+        prefix, (b, h, w) = self.num_prefix_tokens, mask.shape
+        patches = rearrange(tokens[:, prefix:], "b (h w) d -> b h w d", h=h, w=w)
+        asking, visible = (rearrange(pick(patches, of), "(b n) d -> b n d", b=b) for of in (mask, inverse(mask)))
+        fixed = torch.cat([tokens[:, :prefix], visible], dim=1)
         for block in self.blocks:
             asking = block(asking, fixed)
-        return tokens.masked_scatter(hidden[..., None], asking.to(tokens.dtype))
+        return put(tokens, rows(places(mask, asking.shape[1]), tokens.shape[1], prefix), asking)
 
 
 class PromptingBlock(nn.Module):
@@ -211,20 +222,23 @@ def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens:
             at least when the model is built: elsewhere a look waits for the device.)
     """
     if tokens.ndim == 4:
-        return tokens[selected]
+        return pick(tokens, selected)
     if selected.device.type == "cpu" and (selected & mask).any():
         raise ValueError(
             "the student drops the hidden patches, so a head without a decoder cannot predict them: set model.head to "
             "DecoderHead, or model.selection to visible"
         )
-    return rearrange(tokens[:, num_prefix_tokens:], "b n d -> (b n) d")[selected[~mask]]
+    visible = rearrange(tokens[:, num_prefix_tokens:], "b n d -> (b n) d")
+    every = count_of(selected) == tokens.shape[1] - num_prefix_tokens  # what is selected is visible: these are all of them
+    return visible if every else visible[selected[~mask]]
 
 
 def with_mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, num_prefix_tokens: int) -> Tensor:
     """[b prefix+visible d] -> [b prefix+n d] in the grid's order, the mask token at each hidden patch."""
     prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
     everywhere = repeat(mask_token.to(tokens.dtype), "d -> b n d", b=len(tokens), n=mask[0].numel())
-    return torch.cat([prefix, everywhere.masked_scatter(~mask.flatten(1)[..., None], visible)], dim=1)
+    at = rows(places(~mask, visible.shape[1]), mask[0].numel())
+    return torch.cat([prefix, put(everywhere, at, visible)], dim=1)
 
 
 def norm(width: int) -> nn.LayerNorm:

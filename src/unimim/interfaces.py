@@ -14,12 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import create_backbone
+from unimim.backbones import check_object, create_backbone
+from unimim.pictures import code_colors, principal_components
+from unimim.selection import LastBlock
 
 Grid = tuple[int, int]
 """(h, w) of a patch grid, or (H, W) of an image in pixels."""
@@ -34,9 +37,16 @@ class Frozen:
 
     Because it is no `nn.Module`, the network it holds is in no state dict, no optimizer, no DDP bucket and no EMA copy,
     and no `.train()` reaches it. A `TargetGenerator` moves the ones it has to its own device. A deep copy shares it.
+
+    Args:
+        network: is put into eval mode, and its parameters get no gradient.
+
+    Raises:
+        ValueError: a class, or anything else that is no module.
     """
 
     def __init__(self, network: nn.Module) -> None:
+        check_object("the network in Frozen", network, nn.Module, "unimim.EfficientNetLite0()")
         self.network: Any = network.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
@@ -72,6 +82,8 @@ class TargetGenerator(nn.Module, ABC):
 
     dim: int
     """c, the channels of the target, or the size of the vocabulary when the target is discrete."""
+    last_block: LastBlock | None = None
+    """Of its network, where that can leave out patches whose target no one looks at."""
 
     @abstractmethod
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -88,6 +100,40 @@ class TargetGenerator(nn.Module, ABC):
 
     def update(self, student: "Student", head: "Head", progress: float) -> None:
         """Called once per optimizer step, `progress` being the share of all steps done. An EMA teacher follows here."""
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What goes along with a training, beside the step. A cache follows the data here."""
+        return []
+
+    @property
+    def follows_student(self) -> bool:
+        """Whether it changes as the student learns."""
+        hooks = ("attach", "attach_head", "update")
+        return any(getattr(type(self), hook) is not getattr(TargetGenerator, hook) for hook in hooks)
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """The target itself, or a prediction of it, as a person can look at it: -> [b 3 H' W'] in [0, 1].
+
+        The first three principal components of the target, or a colour for each code. A target that is seen better another
+        way has its own.
+
+        Args:
+            values: float [b h w c]; of a discrete target codes [b h w], or logits [b h w codes].
+            target: float [b h w c] or long [b h w], which decides what a colour means.
+        """
+        if target.dtype == torch.long:
+            return code_colors(values if values.dtype == torch.long else values.argmax(-1))
+        return principal_components(values, target)
+
+    def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
+        """The images that a prediction means, with N taken back: -> [b 3 H W] in [0, 1]; None where a target is no image.
+
+        Args:
+            prediction: of every patch, [b h w c].
+            target: N(T(x)), likewise.
+            before: T(x), likewise.
+        """
+        return None
 
     def check_patch_size(self, patch_size: int, images: Tensor, grid_size: Grid) -> None:
         """For targets that are cut from the image itself.
@@ -142,8 +188,9 @@ class Student(nn.Module, ABC):
     Args:
         backbone: a timm name; built with `global_pool=''` and `num_classes=0`, so that it ends in its final norm.
         model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
-        mean, std: statistics by which it normalizes pixels. They also become the `mean` and `std` of
-            `backbone.pretrained_cfg`, so that whoever gets the backbone feeds it the same.
+        mean: of the pixels in [0, 1], by which they are normalized. It also becomes the `mean` of `backbone.pretrained_cfg`, so
+            that whoever gets the backbone feeds it the same.
+        std: their standard deviation, likewise.
 
     Raises:
         ValueError: timm has no such name, the model does not take these arguments, or its image is not a whole number of
@@ -152,6 +199,8 @@ class Student(nn.Module, ABC):
 
     drops_patches: bool = False
     """Whether the tokens are those of the visible patches only, [b prefix+visible d]."""
+    last_block: LastBlock | None = None
+    """Of the backbone, where that can leave out patches whose token no one looks at."""
     mean: Tensor
     std: Tensor
 
@@ -226,7 +275,12 @@ class Student(nn.Module, ABC):
 
 
 class Head(nn.Module, ABC):
-    """H: from the student's tokens to the target's channels. Modules take it as a factory, `Head(student, target)`."""
+    """H: from the student's tokens to the target's channels. Modules take it as a factory, `Head(student, target)`.
+
+    Args:
+        student: gives d, the width of its tokens.
+        target: gives c, the channels of the target.
+    """
 
     @abstractmethod
     def __init__(self, student: Student, target: TargetGenerator) -> None:

@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import auto_group_layers, param_groups_weight_decay
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
@@ -105,6 +105,23 @@ def depth(backbone: Any) -> int:
     stages = backbone.layers if isinstance(backbone, SwinTransformer) else [backbone]
     blocks: list[Any] = [stage.blocks for stage in stages]
     return sum(map(len, blocks))
+
+
+def fused_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> AdamW:
+    """torch's fused AdamW, which skips an update on the device where `found_inf` says so (see `faults.SkipNonFinite`).
+
+    With `precision: 16-mixed` the gradients are unscaled before the step and not within it, as they have to be for clipping.
+    It stays fused when the state of one that was not is loaded.
+    """
+    optimizer: Any = AdamW(groups, lr=lr, betas=betas, fused=True)
+    optimizer.register_load_state_dict_pre_hook(as_fused)
+    optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip, and the GradScaler sets found_inf itself
+    return optimizer
+
+
+def as_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict as one of a fused optimizer: its counts of steps are then loaded to the weights' device."""
+    return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
 
 def warmup_cosine(

@@ -1,18 +1,29 @@
 """Pretraining: the paper's equation 1 as a LightningModule."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from unimim.backbones import check_object, checkpoint_activations
 from unimim.checkpoint import describe_backbone
+from unimim.data.crops import Crop
+from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.launching import check_processes, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
-from unimim.optim import parameter_groups, schedule
+from unimim.optim import fused_adamw, parameter_groups, schedule
+from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
+from unimim.randomness import exact_resume
+from unimim.selection import LastBlock, counted, inverse, only, pick
+from unimim.sharding import blocks, broadcast_parameters, shard
+from unimim.waiting import log_loss
 
 LETTERS = {
     "teacher": "T",
@@ -30,6 +41,9 @@ CLASSIFICATION: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, SoftCrossEnt
 class MaskedImageModeling(pl.LightningModule):
     """L( N(T(x)), H(S(M(x))) ): masked image modeling in six parts ("A Unified View of Masked Image Modeling", eq. 1).
 
+    A subclass overrides what it wants otherwise: `training_step`, `select`, `configure_optimizers`, `pictures`, or
+    `configure_callbacks`, where it adds to `super()`'s. Parts with parameters that it adds learn with the others.
+
     Args:
         teacher: T, image -> target of each patch.
         normalization: N, of the target; `nn.Identity()` for none.
@@ -39,12 +53,19 @@ class MaskedImageModeling(pl.LightningModule):
         loss: L, any module of (prediction, target); torch's own take the mean over the selected patches.
         selection: which patches count in the loss: the masked ones, the visible ones, or all.
         lr: peak learning rate, absolute. The paper has 1.5e-3 at a batch of 2048 images.
-        betas, weight_decay: AdamW's; 0.05 is the paper's. Betas are BEiT v2's for 300 epochs, the paper's are unknown.
-        warmup_epochs: epochs (or a part of one) of linear warm-up, from `warmup_lr` (BEiT v2: 10, from 1e-6).
+        betas: AdamW's. They are BEiT v2's for 300 epochs, the paper's are unknown.
+        weight_decay: AdamW's (the paper: 0.05).
+        warmup_epochs: epochs (or a part of one) of linear warm-up (BEiT v2: 10).
+        warmup_lr: where it begins, absolute (BEiT v2: 1e-6).
         min_lr: where the cosine ends (BEiT v2: 1e-5).
+        checkpointing: less memory for more time: the student's activations are computed again in the backward pass.
+        compiled: whether `torch.compile` makes one kernel of several in each block of student, teacher and head: the first step
+            then takes minutes, and the others less. None: on CUDA, unless the model is in shards. (On a CPU it gained 2 %.)
+        max_skipped_updates: updates whose loss or gradient is NaN or infinite change nothing; more than this many end the run.
 
     Raises:
-        ValueError: a number out of its range, or parts that do not fit: they are tried on two blank images at once.
+        ValueError: a number out of its range, a class in place of an object or the reverse, or parts that do not fit: they
+            are tried on two blank images at once.
     """
 
     def __init__(
@@ -62,6 +83,9 @@ class MaskedImageModeling(pl.LightningModule):
         warmup_epochs: float = 10,
         warmup_lr: float = 1e-6,
         min_lr: float = 1e-5,
+        checkpointing: bool = False,
+        compiled: bool | None = None,
+        max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=list(LETTERS))
@@ -73,11 +97,20 @@ class MaskedImageModeling(pl.LightningModule):
             raise ValueError(
                 f"model.lr must be above 0, weight_decay and warmup_epochs not below: got {lr}, {weight_decay}, {warmup_epochs}"
             )
+        check_object("model.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
+        check_object("model.normalization", normalization, nn.Module, "unimim.LayerNorm()")
+        check_object("model.masking", masking, Masking, "unimim.BlockMasking()")
+        check_object("model.student", student, Student, "unimim.MaskTokenStudent('vit_base_patch16_224')")
+        check_factory(head)
+        check_object("model.loss", loss, nn.Module, "torch.nn.SmoothL1Loss()")
+        if checkpointing:
+            checkpoint_activations(student.backbone)
         teacher.attach(student)
         if not isinstance(getattr(teacher, "dim", None), int):
             raise ValueError(f"model.teacher: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
         masking.attach(teacher)
         built_head = head(student, teacher)
+        check_object("what model.head makes", built_head, Head, "unimim.LinearHead's")
         teacher.attach_head(built_head)
         self.teacher = teacher.requires_grad_(False).eval()
         self.normalization = normalization
@@ -86,9 +119,11 @@ class MaskedImageModeling(pl.LightningModule):
         self.head = built_head
         self.loss = loss
         self.selection = selection
+        self.checkpointing = checkpointing
+        self.compiled = compiled
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
-        self.diverged = torch.zeros((), dtype=torch.bool)
+        self.guard = SkipNonFinite(max_skipped_updates)
         self.check_parts()
 
     # The equation
@@ -97,25 +132,31 @@ class MaskedImageModeling(pl.LightningModule):
         """[b 3 H W] with pixels in [0, 1] -> the loss."""
         mask = self.masking(images, self.student.grid_size)  # M  [b h w]
         selected = self.select(mask)
-        with torch.no_grad():
-            target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
-        prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
-        loss: Tensor = self.loss(prediction, target[selected])  # L
-        self.log("train/loss", loss, prog_bar=True)
+        with only(selected, self.last_blocks):  # the other patches are not computed to the end where no one looks at them
+            with torch.no_grad():
+                target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
+            prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
+        loss: Tensor = self.loss(prediction, pick(target, selected))  # L
+        log_loss(self, loss)
         return loss
 
     def select(self, mask: Tensor) -> Tensor:
         """The patches that count in the loss: bool [b h w] -> bool [b h w]."""
         if self.selection == "masked":
             return mask
-        return ~mask if self.selection == "visible" else torch.ones_like(mask)
+        return inverse(mask) if self.selection == "visible" else counted(torch.ones_like(mask), mask[0].numel())
 
     # Its optimization
 
+    def configure_model(self) -> None:
+        """Shards what learns, and what follows it in the teacher, where the strategy asks for it."""
+        averages = [part for part in self.teacher.modules() if isinstance(part, (Student, Head))]
+        shard(self, [part for part in self.children() if part is not self.teacher], averages)
+
     def configure_optimizers(self) -> Any:
-        """AdamW over student, head and a loss that has parameters, with warm-up and cosine per step."""
-        groups = parameter_groups([self.student, self.head, self.loss], self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        """AdamW over all that learns, with warm-up and cosine per step."""
+        groups = parameter_groups([self], self.weight_decay)
+        optimizer = fused_adamw(groups, self.lr, self.betas)
         return schedule(optimizer, self.trainer, self.warmup_epochs, self.warmup_lr, self.min_lr)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -138,11 +179,11 @@ class MaskedImageModeling(pl.LightningModule):
         blank = torch.zeros(2, 3, *self.student.image_size)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             mask = self.masking(blank, grid_size)
-            target = self.teacher(blank, grid_size)
+            raw = self.teacher(blank, grid_size)
             try:
-                target = self.normalization(target)
+                target = self.normalization(raw)
             except (NotImplementedError, RuntimeError, TypeError) as error:
-                kinds = f"{type(self.normalization).__name__} does not take the {target.dtype} of {type(self.teacher).__name__}"
+                kinds = f"{type(self.normalization).__name__} does not take the {raw.dtype} of {type(self.teacher).__name__}"
                 raise ValueError(
                     f"model.normalization: {kinds} ({error}); for a discrete one it is torch.nn.Identity"
                 ) from error
@@ -168,13 +209,40 @@ class MaskedImageModeling(pl.LightningModule):
                     f"model.selection to all, or another model.masking"
                 )
             try:
-                prediction = self.head(self.student(blank, mask), mask, selected)
+                tokens = self.student(blank, mask)
+                prediction = self.head(tokens, mask, selected)
             except RuntimeError as error:
                 given = f"{self.student.name} with model_args {self.student.model_args}"
                 raise ValueError(f"student and head do not work on a blank image ({given}): {error}") from error
             promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
             self.check_loss(prediction, target[selected])
+            self.last_blocks = self.leaving_out(blank, mask, selected)
         self.train()
+
+    def leaving_out(self, images: Tensor, mask: Tensor, selected: Tensor) -> list[LastBlock]:
+        """The last blocks of student and teacher that need not finish the patches that do not count.
+
+        It is tried: with NaN at these, prediction and target of the others must be finite, also in the step after. A decoder
+        looks at all tokens, an instance norm at all targets, and a running mean remembers them. A user's own part need not say.
+        """
+        head, normalization = copy.deepcopy(self.head).train(), copy.deepcopy(self.normalization).train()
+        trials: tuple[tuple[LastBlock | None, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
+            (self.student.last_block, lambda: self.student(images, mask), lambda tokens: head(tokens, mask, selected)),
+            (
+                self.teacher.last_block,
+                lambda: self.teacher(images, self.student.grid_size),
+                lambda target: normalization(target)[selected],
+            ),
+        )
+        found = []
+        for block, run, look in trials:
+            if block is None or (self.checkpointing and block is self.student.last_block):
+                continue  # computed again in the backward pass, it would no longer know what it was told
+            with only(selected, [block], unfinished=torch.nan):
+                output = run()
+            if all(look(output).isfinite().all() for _ in range(2)):
+                found.append(block)
+        return found
 
     def check_loss(self, prediction: Tensor, target: Tensor) -> None:
         """
@@ -205,33 +273,49 @@ class MaskedImageModeling(pl.LightningModule):
             raise ValueError(f"model.loss: {loss} does not take prediction and target of {shapes}: {error}") from error
         promise(self.loss, "loss", value, ())
 
+    def setup(self, stage: str) -> None:
+        """
+        Raises:
+            ValueError: as `check_processes`.
+        """
+        check_processes(self.trainer)
+        strategy = self.trainer.strategy
+        on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+        if stage == "fit" and (on_gpu if self.compiled is None else self.compiled):
+            self.compile_blocks()
+        if isinstance(strategy, FSDPStrategy):  # which has activation checkpointing of its own, see `leaving_out`
+            self.last_blocks = [block for block in self.last_blocks if block is not self.student.last_block]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Each block of student, head, teacher and its networks, with these `options` of torch.compile; once.
+
+        Blocks and not the whole: the equation between them runs as it is written, and what a user writes there breaks no graph.
+        """
+        for part in (self.student, self.head, self.teacher, *self.teacher.networks()):
+            for block in blocks(part):
+                if block._compiled_call_impl is None:
+                    block.compile(**options)
+
     def on_fit_start(self) -> None:
-        """Prints the table of the six letters and the effective batch; gives each process a randomness of its own.
+        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself.
 
         Raises:
             ValueError: there is nothing to train on.
         """
         print_once(self.summary())
         self.total_steps = self.trainer.estimated_stepping_batches
-        devices, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        devices = self.trainer.world_size
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
         if self.trainer.num_training_batches == 0:
             raise ValueError(f"{devices} devices share the data, and none has a whole batch of {batch}: lower data.batch_size")
         if batch:
-            print_once(
-                f"{devices * batch * accumulated} images a step ({devices} devices x {batch} x {accumulated} accumulated), "
-                f"peak lr {self.lr:g}"
-            )
-        if devices > 1:  # else every process would draw the same masks
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
-        self.diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+            print_once(step_in_words(self.trainer, batch, self.lr))
         if self.global_rank == 0:
             with self.trainer.precision_plugin.forward_context():
                 self.teacher.prepare(self.training_images(), self.student.grid_size)
         if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
             for module in (self.teacher, *self.teacher.networks()):
-                for tensor in (*module.parameters(), *module.buffers()):
-                    distributed.broadcast(tensor.data, src=0)
+                broadcast_parameters(module)
 
     def training_images(self) -> Iterator[Tensor]:
         """Batches as `training_step` gets them; the data is not opened until the first is asked for.
@@ -240,12 +324,22 @@ class MaskedImageModeling(pl.LightningModule):
             ValueError: as `check_batch`.
         """
         trainer: Any = self.trainer
-        for batch in trainer.train_dataloader:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            self.check_batch(batch)
-            yield batch
+        try:
+            for batch in trainer.train_dataloader:
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                self.check_batch(batch)
+                yield batch
+        finally:  # persistent workers have one iterator for all: training would go on behind these batches
+            iter(trainer.fit_loop._data_fetcher)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The guard against updates that are not finite, what makes a resumed run exact, and what the teacher brings.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
+        """
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *self.teacher.callbacks()]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """
@@ -261,41 +355,58 @@ class MaskedImageModeling(pl.LightningModule):
         """
         if not isinstance(batch, Tensor) or batch.ndim != 4:
             labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""
+            if isinstance(batch, Crop):
+                labelled = ", which the data module finishes on the device: fit(model, data), not its train_dataloader()"
             raise ValueError(
                 f"pretraining takes batches of images alone, [b 3 H W] in [0, 1], but the data gave a "
                 f"{type(batch).__name__}{labelled}"
             )
         self.student.check_image_size(batch)
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Notes a loss that is not finite, and looks: on a GPU, where a look waits for the device, in few steps only."""
-        self.diverged |= ~torch.isfinite(loss.detach())
-        trainer: Any = self.trainer
-        if loss.device.type == "cpu" or self.global_step % max(1, trainer.log_every_n_steps) == 0:
-            self.check_finite()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs to know, and the metrics as last measured; a model that diverged is not saved."""
-        self.check_finite()
+        """Adds what `load_backbone` needs to know, and the metrics as last measured; what is not finite is not saved."""
+        self.guard.check_saved(self.trainer, checkpoint)
         checkpoint["backbone"] = describe_backbone(self.student)
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
-    def on_train_end(self) -> None:
-        self.check_finite()
-
-    def check_finite(self) -> None:
-        """
-        Raises:
-            FloatingPointError: a loss since the last look was NaN or infinite.
-        """
-        if self.diverged:
-            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the loss became NaN or infinite by step {self.global_step} (lr {lr:.2e}): try a lower model.lr, "
-                f"trainer.gradient_clip_val, or trainer.precision 32-true; the last checkpoint before it is kept"
-            )
-
     # What a person sees
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """The equation at work on images [b 3 H W] in [0, 1]: captions, and pictures [b 3 H' W'] in [0, 1].
+
+        Target and prediction are what the loss compares, N(T(x)) and H(S(M(x))), in the same colours; patches that do not
+        count in the loss are gray in the prediction. Masks are drawn at random, and everything is in the mode that it is in.
+        """
+        grid_size = self.student.grid_size
+        mask = self.masking(images, grid_size)
+        selected = self.select(mask)
+        before = self.teacher(images, grid_size)
+        target = self.normalization(before)
+        predicted = self.head(self.student(images, mask), mask, selected)
+        prediction = predicted.new_zeros(*selected.shape, predicted.shape[-1])
+        prediction[selected] = predicted
+        of_target = f"{type(self.normalization).__name__} of {type(self.teacher).__name__}"
+        drawn = {
+            "x, the images": images,
+            f"M(x), what the student sees: {100 * mask.float().mean():.0f} % hidden": covered(images, mask),
+            f"N(T(x)), the target: {of_target}": self.teacher.picture(target, target),
+            f"H(S(M(x))), the prediction, of {self.selection} patches": covered(
+                self.teacher.picture(prediction, target), ~selected
+            ),
+        }
+        reconstruction = self.teacher.reconstruction(prediction, target, before)
+        if reconstruction is not None:
+            lent = "" if torch.equal(target, before) else ", which is given the TRUE mean and spread of each patch"
+            drawn[f"the images, completed by the prediction{lent}"] = pasted(reconstruction, images, selected)
+        backbone = self.student.backbone
+        drawn["the encoder's features of the whole image, first three components"] = principal_components(
+            encoder_features(backbone, images)
+        )
+        attention = attention_map(backbone, images)
+        if attention is not None:
+            drawn["where the encoder's last block looks, mean of its heads"] = lit(images, attention)
+        return drawn
 
     def summary(self) -> str:
         """The six letters: class, parameters, trainable or frozen."""
@@ -309,6 +420,22 @@ class MaskedImageModeling(pl.LightningModule):
             rows.append((letter, name, type(part).__name__, f"{sum(counts):,}" if counts else "-", state))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def check_factory(head: object) -> None:
+    """
+    Raises:
+        ValueError: what is given as head cannot make one of a student and a teacher.
+    """
+    if isinstance(head, nn.Module):
+        name = type(head).__name__
+        raise ValueError(
+            f"model.head is a {name} object, but it is made here, of student and teacher: give the class {name}, or "
+            f"functools.partial({name}, ...) with its arguments"
+        )
+    if not callable(head) or (isinstance(head, type) and not issubclass(head, Head)):
+        given = f"the class {head.__name__}" if isinstance(head, type) else repr(head)
+        raise ValueError(f"model.head is {given}, but has to be a class of heads, such as unimim.LinearHead")
 
 
 def is_probability(target: Tensor) -> bool:

@@ -10,16 +10,19 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from einops import rearrange, reduce
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size
+from unimim.backbones import check_image_size, check_timm_model
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
+from unimim.launching import check_processes
 from unimim.optim import parameter_groups, schedule
+from unimim.randomness import exact_resume
 
 Feature = Literal["mean", "cls"]
 """One vector an image: the mean of the patch tokens, or the CLS token."""
@@ -253,8 +256,15 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def loaded(backbone: str | nn.Module) -> Any:
-    """A backbone by the name of its file, or of timm's weights, or as it is."""
-    return load_backbone(backbone) if isinstance(backbone, str) else backbone
+    """A backbone by the name of its file, or of timm's weights, or as it is.
+
+    Raises:
+        ValueError: it is no timm model; and as `load_backbone`.
+    """
+    if isinstance(backbone, str):
+        return load_backbone(backbone)
+    check_timm_model("model.backbone", backbone)
+    return backbone
 
 
 class Probe(pl.LightningModule, ABC):
@@ -306,10 +316,15 @@ class Probe(pl.LightningModule, ABC):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What makes a resumed run exact. A subclass adds its own to it: `[*super().configure_callbacks(), ...]`."""
+        return exact_resume(self.trainer)
+
     def setup(self, stage: str) -> None:
         """
         Raises:
-            ValueError: the data has no labels, or another number of classes; several rates in fp16.
+            ValueError: the data has no labels, or another number of classes; several rates in fp16; a strategy that shards;
+                and as `check_processes`.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.precision == "16-mixed" and len(self.lrs) > 1:
@@ -317,6 +332,12 @@ class Probe(pl.LightningModule, ABC):
                 f"trainer.precision {self.trainer.precision} skips a step for all rates when one overflows, so none would be "
                 f"independent of the others: use bf16-mixed or 32-true, or one rate"
             )
+        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"trainer.strategy: of a probe the backbone learns nothing, so there is nothing to shard: got "
+                f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
+            )
+        check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         classes = len(getattr(data, "classes", []))
@@ -445,7 +466,8 @@ class LinearProbe(Probe):
         num_classes: of the labels.
         lrs: peak learning rates, absolute. DINOv2 tries 13, from 1e-5 to 0.1 for every 256 images of a batch.
         feature: the mean of the patch tokens, or the CLS token.
-        momentum, weight_decay: SGD's.
+        momentum: SGD's.
+        weight_decay: SGD's (MAE: 0).
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (MAE: 10 of 90; DINO: none).
 
     Raises:
@@ -494,7 +516,8 @@ class AttentiveProbe(Probe):
         num_classes: of the labels.
         lrs: peak learning rates, absolute (V-JEPA on ImageNet: 1e-3 at a batch of 1024, 20 epochs).
         num_heads: of the attention (V-JEPA: 12); a divisor of the backbone's width.
-        betas, weight_decay: AdamW's (V-JEPA: 0.001); 1-D parameters do not decay.
+        betas: AdamW's.
+        weight_decay: AdamW's (V-JEPA: 0.001); 1-D parameters do not decay.
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (V-JEPA: none).
 
     Raises:

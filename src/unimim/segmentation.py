@@ -12,15 +12,21 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from unimim.backbones import create_backbone
+from unimim.backbones import check_timm_model, create_backbone
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
+from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
-from unimim.optim import fitting_lr, layer_decay_groups, parameter_groups, poly_schedule
+from unimim.launching import check_processes, step_in_words
+from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
+from unimim.randomness import exact_resume
+from unimim.sharding import gather, scatter, shard
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
+from unimim.waiting import log_loss
 
 AUXILIARY_CHANNELS = 256
 AUXILIARY_LEVEL = 2
@@ -51,7 +57,8 @@ class UperNetSegmentation(pl.LightningModule):
         scale_lr: take that lr: `lr * batch / recipe_batch`.
         layer_decay: factor on the learning rate from each block to the one below (BEiT v2, ViT-B: 0.75). The pyramid's own
             layers and the heads learn at the full rate.
-        betas, weight_decay: AdamW's; 1-D parameters do not decay.
+        betas: AdamW's.
+        weight_decay: AdamW's; 1-D parameters do not decay.
         warmup_steps: steps of linear warm-up.
         warmup_ratio: where it begins, as a part of the rate.
         power: of the poly schedule, which ends in 0.
@@ -64,14 +71,15 @@ class UperNetSegmentation(pl.LightningModule):
             averaged at that size. (mmsegmentation, whose scales are 0.5 to 1.75, resizes the original image to each, and
             averages at the original's size.)
         flip: and mirrored.
+        max_skipped_updates: updates whose loss or gradient is NaN or infinite change nothing; more than this many end the run.
 
     Attributes:
         classes: names of the classes in the order of their labels, as the data gives them.
         iou: [classes], of the last validation; NaN for a class that is neither in its labels nor predicted.
 
     Raises:
-        ValueError: the backbone gives no four levels, was built for another size than `crop_size`, a number is out of its
-            range; and as `load_backbone`.
+        ValueError: the backbone is no timm model, gives no four levels, was built for another size than `crop_size`, a number
+            is out of its range; and as `load_backbone`.
     """
 
     mean: Tensor
@@ -102,6 +110,7 @@ class UperNetSegmentation(pl.LightningModule):
         stride: int | Grid | None = None,
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
+        max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -126,6 +135,7 @@ class UperNetSegmentation(pl.LightningModule):
             )
         if not scales or min(scales) <= 0:
             raise ValueError(f"model.scales are one or more factors above 0, got {list(scales)}")
+        self.guard = SkipNonFinite(max_skipped_updates)
         self.checkpoint = self.pretrained_from = checkpoint
         network: Any = backbone
         told = crop_size
@@ -142,6 +152,7 @@ class UperNetSegmentation(pl.LightningModule):
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+        check_timm_model("model.backbone", network)
         config = network.pretrained_cfg
         self.pyramid = FeaturePyramid(network, blocks, checkpointing)
         self.head = UperNetHead(self.pyramid.channels, channels, num_classes, dropout)
@@ -182,7 +193,7 @@ class UperNetSegmentation(pl.LightningModule):
         loss = self.loss(self.head(levels), labels)
         if self.auxiliary_head is not None:
             loss = loss + self.auxiliary_weight * self.loss(self.auxiliary_head(levels[AUXILIARY_LEVEL]), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        log_loss(self, loss)
         return loss
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -276,7 +287,7 @@ class UperNetSegmentation(pl.LightningModule):
         for 512x2048.
 
         Raises:
-            ValueError: as `whole`.
+            ValueError: as `whole`; the backbone is in shards.
         """
         backbone = self.pyramid.backbone
         if self.built in (None, size) or not takes_only_its_size(backbone):
@@ -287,6 +298,11 @@ class UperNetSegmentation(pl.LightningModule):
             raise ValueError(
                 f"the image is {by(size)} pixels, but this {type(backbone).__name__} takes only {by(self.built or size)}: set "
                 f"model.inference to slide{other}"
+            )
+        if isinstance(self.pyramid, FSDPModule):
+            raise ValueError(
+                "model.inference: whole resizes a copy of the backbone, and shards cannot be copied: set it to slide, or "
+                "trainer.strategy to ddp"
             )
         tables = {
             name: parameter.detach()
@@ -321,6 +337,7 @@ class UperNetSegmentation(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
+        gather(self)
 
     def on_validation_epoch_end(self) -> None:
         """mIoU, mAcc and aAcc from one confusion matrix of all pixels that count, of all processes.
@@ -328,6 +345,7 @@ class UperNetSegmentation(pl.LightningModule):
         A class that is neither in the labels nor predicted is left out of mIoU, one that is not in the labels of mAcc: as
         mmsegmentation does. Where a class is called background, there is also the mIoU of the others.
         """
+        scatter(self)
         confusion = self.confusion.compute()  # [label, prediction]
         right, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         self.iou = right / (labelled + predicted - right)
@@ -371,6 +389,10 @@ class UperNetSegmentation(pl.LightningModule):
 
     # Its optimization
 
+    def configure_model(self) -> None:
+        """Shards pyramid and heads where the strategy asks for it."""
+        shard(self, [self.pyramid, self.head, *([self.auxiliary_head] if self.auxiliary_head is not None else [])])
+
     def configure_optimizers(self) -> Any:
         """AdamW: the backbone in groups by layer, the rest at the full rate; with warm-up and poly per step."""
         groups = layer_decay_groups(self.pyramid.backbone, self.peak_lr, self.weight_decay, self.layer_decay)
@@ -378,16 +400,24 @@ class UperNetSegmentation(pl.LightningModule):
         for group in parameter_groups(added, self.weight_decay):
             name = "heads" if group["weight_decay"] else "heads_no_decay"
             groups.append({**group, "name": name, "lr": self.peak_lr})
-        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+        optimizer = fused_adamw(groups, self.peak_lr, self.betas)
         return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The guard against updates that are not finite, and what makes a resumed run exact.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        """
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
 
         Raises:
             ValueError: the data has no labels, or another number of classes; a batch of one image, which batch norm cannot
-                train on.
+                train on; and as `check_processes`.
         """
+        check_processes(self.trainer)
         synchronised = self.synchronise() if stage == "fit" else False
         data: Any = getattr(self.trainer, "datamodule", None)
         self.sides = getattr(data, "resize", None)
@@ -422,15 +452,21 @@ class UperNetSegmentation(pl.LightningModule):
         return asked
 
     def on_fit_start(self) -> None:
-        """Says so where nothing pretrained is trained on."""
+        """Says the effective values of a step."""
         trainer: Any = self.trainer
-        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and trainer.ckpt_path is None:
+        if batch := getattr(trainer.train_dataloader, "batch_size", None):
+            rank_zero_info(step_in_words(trainer, batch, self.peak_lr))
+
+    def on_train_start(self) -> None:
+        """Says so where nothing pretrained is trained on. (Under FSDP2 the checkpoint of a resumed run is not known before.)"""
+        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and self.trainer.ckpt_path is None:
             rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
 
     # What it keeps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which backbone it has, the names of the classes, and the metrics as last measured."""
+        """Adds which backbone it has, the names of the classes, and the last metrics; what is not finite is not saved."""
+        self.guard.check_saved(self.trainer, checkpoint)
         described = describe_network(self.pyramid.backbone, self.hparams, self.mean, self.std)
         if described is not None:
             checkpoint["backbone"] = described

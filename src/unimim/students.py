@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unimim.interfaces import RGB, Student
 from unimim.positions import sincos_positions
+from unimim.selection import inverse, last_block, pick, places
 
 
 class MaskTokenStudent(Student):
@@ -21,7 +22,8 @@ class MaskTokenStudent(Student):
     Args:
         backbone: a timm name, such as `vit_base_patch16_224` or `beit_base_patch16_224`.
         model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
-        mean, std: statistics by which the student normalizes pixels (ImageNet's unless the recipe says otherwise).
+        mean: of the pixels in [0, 1], by which the student normalizes them (ImageNet's unless the recipe says otherwise).
+        std: their standard deviation, likewise.
 
     Raises:
         ValueError: timm has no such name or argument, or the backbone does not start with a patch embedding.
@@ -41,6 +43,7 @@ class MaskTokenStudent(Student):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._mask: Tensor | None = None
         patch_embed.register_forward_hook(self._insert)
+        self.last_block = last_block(self.backbone)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1], bool [b h w] -> [b h w d]"""
@@ -73,7 +76,8 @@ class VisibleStudent(Student):
     Args:
         backbone: a timm name, such as `vit_base_patch16_224`.
         model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
-        mean, std: statistics by which the student normalizes pixels (ImageNet's unless the recipe says otherwise).
+        mean: of the pixels in [0, 1], by which the student normalizes them (ImageNet's unless the recipe says otherwise).
+        std: their standard deviation, likewise.
         positions: "learned", or "sincos" for MAE's fixed table.
 
     Raises:
@@ -120,12 +124,14 @@ class VisibleStudent(Student):
             return output
         (tokens,) = inputs
         prefix = self.num_prefix_tokens
-        visible = rearrange(tokens[:, prefix:][~self._mask.flatten(1)], "(b n) d -> b n d", b=len(tokens))
+        shown = inverse(self._mask)
+        h, w = self.grid_size
+        patches = rearrange(tokens[:, prefix:], "b (h w) d -> b h w d", h=h, w=w)
+        visible = rearrange(pick(patches, shown), "(b n) d -> b n d", b=len(tokens))
         kept = torch.cat([tokens[:, :prefix], visible], dim=1)
         if not isinstance(module, KeptIndices):
             return kept
-        indices = rearrange(torch.nonzero(~self._mask.flatten(1))[:, 1], "(b n) -> b n", b=len(tokens))
-        return kept, indices
+        return kept, places(shown, visible.shape[1])
 
 
 class KeptIndices(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from unimim.backbones import check_image_size
+from unimim.backbones import check_image_size, checkpoint_activations
 
 STRIDES = (4, 8, 16, 32)
 """Pixels between neighbours in each level of the pyramid."""
@@ -71,10 +71,7 @@ class FeaturePyramid(nn.Module):
         self.channels: list[int] = [features[index]["num_chs"] for index in self.indices]
         backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if checkpointing:
-            try:
-                backbone.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError) as error:
-                raise ValueError(f"{name} knows no activation checkpointing: set checkpointing to false") from error
+            checkpoint_activations(backbone)
         if one_stride:
             doublings = [round(math.log2(strides[0] / stride)) for stride in STRIDES]
             self.coarsest = round(strides[0] / 2 ** doublings[-1])

@@ -1,16 +1,19 @@
 """Labelled images in class folders, with the augmentations of ImageNet fine-tuning."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_warn
-from timm.data import create_transform
-from torch.utils.data import DataLoader
+from timm.data import auto_augment, create_transform
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from unimim.data.folder import ImageFiles, OnBadImage, class_folders, each_once, image_files
+from unimim.randomness import ResumableSampler, SeededSamples
 
 
 def timm_transform(image_size: int, **options: Any) -> Any:
@@ -23,7 +26,16 @@ def timm_transform(image_size: int, **options: Any) -> Any:
         transform = create_transform(image_size, interpolation="bicubic", normalize=False, **options)
     except (AssertionError, ValueError) as error:
         raise ValueError(f"data.auto_augment is {options.get('auto_augment')!r}, which timm does not know: {error}") from error
+    for part in transform.transforms:
+        for operation in chain(getattr(part, "ops", []), *getattr(part, "policy", [])):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
     return v2.Compose([transform, v2.ToDtype(torch.float32, scale=True)])
+
+
+def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, whose highest magnitude keeps 0 bits. That is black, as it always was; Pillow 13 refuses it."""
+    return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 class ClassFolderData(pl.LightningDataModule):
@@ -146,13 +158,15 @@ class ClassFolderData(pl.LightningDataModule):
                 rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True, drop_last=True)
+        images = self.splits["train"]
+        return self._loader(SeededSamples(images), ResumableSampler(images), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val", sampler=each_once(self.splits["val"]))
+        images = self.splits["val"]
+        return self._loader(images, each_once(images))
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict")
+        return self._loader(self.splits["predict"])
 
     def labelled_dataloader(self, split: str) -> DataLoader[Any]:
         """Batches of (images, labels) of `train` or `val`, not augmented, in a fixed order."""
@@ -160,11 +174,10 @@ class ClassFolderData(pl.LightningDataModule):
         plain = ImageFiles(images.files, self.evaluation, self.on_bad_image, images.labels)
         return DataLoader(plain, self.batch_size, num_workers=self.num_workers, generator=torch.Generator())
 
-    def _loader(self, split: str, shuffle: bool = False, drop_last: bool = False, sampler: Any = None) -> DataLoader[Any]:
+    def _loader(self, images: Dataset[Any], sampler: Any = None, drop_last: bool = False) -> DataLoader[Any]:
         return DataLoader(
-            self.splits[split],
+            images,
             batch_size=self.batch_size,
-            shuffle=shuffle,
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
 from unimim.data.folder import each_once
+from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -39,7 +40,8 @@ class FashionMNISTData(pl.LightningDataModule):
         image_size: side in pixels.
         batch_size: images of one process in one step.
         num_workers: processes that read images; the images are in memory, so 0 is fast.
-        train_images, val_images: sizes of the splits, at most 60,000 together.
+        train_images: size of the training split.
+        val_images: size of the validation split; both together are at most 60,000.
         labelled: whether training batches have labels.
 
     Raises:
@@ -86,7 +88,8 @@ class FashionMNISTData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         images, labels = self.splits["train"]
         garments = Garments(images, self.image_size, labels if self.labelled else None, flip=True)
-        return DataLoader(garments, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
+        sampler = ResumableSampler(garments)
+        return DataLoader(garments, self.batch_size, sampler=sampler, drop_last=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> Any:
         """The validation split where there are labels, else none."""
@@ -94,6 +97,12 @@ class FashionMNISTData(pl.LightningDataModule):
             return []
         every_image = self.labelled_dataloader("val").dataset
         return DataLoader(every_image, 500, sampler=each_once(every_image), num_workers=self.num_workers)
+
+    def pictured(self, count: int) -> Tensor:
+        """The first `count` validation images to look at, of training if there are none: [n 3 H W] in [0, 1], not flipped."""
+        images, _ = self.splits["val" if self.val_images else "train"]
+        garments = Garments(images[:count], self.image_size)
+        return torch.stack([garments[place] for place in range(len(garments))])
 
     def labelled_dataloader(self, split: Literal["train", "val", "test"], count: int | None = None) -> DataLoader[Any]:
         """Batches of (images [b 3 H W] in [0, 1], labels [b]), not flipped, in a fixed order; the first `count`."""
@@ -103,30 +112,42 @@ class FashionMNISTData(pl.LightningDataModule):
 
 
 class Garments(Dataset[Any]):
-    """uint8 [n 28 28] as [3 H W] in [0, 1], with `flip` mirrored half of the time; with labels [n], pairs of both."""
+    """uint8 [n 28 28] as [3 H W] in [0, 1], with `flip` mirrored half of the time; with labels [n], pairs of both.
+
+    Whether an image is mirrored depends on (seed, epoch, index) only. To be indexed by (epoch, index), or by the index.
+    """
 
     def __init__(self, images: Tensor, image_size: int, labels: Tensor | None = None, flip: bool = False) -> None:
         self.images = images
         self.image_size = image_size
         self.labels = labels
         self.flip = flip
+        self.mirrored: tuple[int | None, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
+    def __getitems__(self, places: list[Place | int]) -> list[Any]:
+        epochs, indices = map(list, zip(*map(epoch_and_index, places), strict=True))
         pixels = F.pad(self.images[indices], (2, 2, 2, 2)) / 255
         pixels = repeat(pixels, "b H W -> b c H W", c=3)
         if self.image_size != pixels.shape[-1]:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
         if self.flip:
-            flipped = rearrange(torch.rand(len(indices)) < 0.5, "b -> b 1 1 1")
+            flipped = rearrange(self.mirrored_in(epochs[0])[indices], "b -> b 1 1 1")
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
         return list(pixels) if self.labels is None else list(zip(pixels, self.labels[indices], strict=True))
 
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, place: Place | int) -> Any:
+        return self.__getitems__([place])[0]
+
+    def mirrored_in(self, epoch: int) -> Tensor:
+        """bool [n], which images are mirrored in an epoch; kept until the next."""
+        seed = derived_seed("mirrored", epoch)
+        if self.mirrored[0] != seed:
+            self.mirrored = seed, torch.rand(len(self), generator=torch.Generator().manual_seed(seed)) < 0.5
+        return self.mirrored[1]
 
 
 def provide(root: Path) -> str:

@@ -1,7 +1,6 @@
 """Images in folders: ImageNet's layout, class folders, or any heap of photos."""
 
 import os
-import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +8,21 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image, ImageOps
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
+from unimim.data.crops import Crop, CropAugmentation
+from unimim.data.photos import opened, read_image
 from unimim.interfaces import Grid
+from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
 OnBadImage = Literal["error", "skip"]
+NO_PHOTOS = ".nomedia"
+"""A file by which a folder tells galleries that its images are no one's photos."""
 
 
 class ImageFolderData(pl.LightningDataModule):
@@ -75,14 +78,7 @@ class ImageFolderData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.on_bad_image = on_bad_image
-        self.augmentation = v2.Compose(
-            [
-                v2.RandomResizedCrop(size, crop_scale, interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(flip),
-                *([v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []),
-                *to_pixels(),
-            ]
-        )
+        self.augmentation = CropAugmentation(size, crop_scale, flip, color_jitter)
         self.evaluation = v2.Compose(
             [
                 v2.Resize(round(max(size) / 0.875), interpolation=InterpolationMode.BICUBIC),
@@ -103,22 +99,43 @@ class ImageFolderData(pl.LightningDataModule):
                 f"{self.root} has {len(files)} images, which is less than one batch of {self.batch_size}: "
                 f"set data.batch_size to {len(files)} or less"
             )
-        self.images = ImageFiles(files, self.augmentation, self.on_bad_image)
+        self.images = CroppedFiles(files, self.augmentation, self.on_bad_image)
 
     def teardown(self, stage: str) -> None:
         if skipped := int(self.images.unreadable.sum()):
             rank_zero_warn(f"{skipped} of {len(self.images)} image files in {self.root} could not be read and were skipped")
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of uint8 crops and the jitter to be done, of which `on_after_batch_transfer` makes images."""
         return DataLoader(
             self.images,
             self.batch_size,
-            shuffle=True,
+            sampler=ResumableSampler(self.images),
             drop_last=True,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The rest of the augmentation, on the device: images [b 3 H W] in [0, 1], in the precision of the Trainer.
+
+        Batches of a subclass's own loaders, which are no crops, stay as they are.
+        """
+        if not isinstance(batch, Crop):
+            return batch
+        images = self.augmentation.finish(*batch)
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
+
+    def pictured(self, count: int) -> Tensor:
+        """At most `count` images to look at, the same always: [n 3 H W] in [0, 1], not augmented, spread over `val`.
+
+        Without images in `val`, over those that are trained on.
+        """
+        files = (images_below(self.root / "val") if self.is_imagenet_layout else []) or self.images.files
+        images = ImageFiles(files, self.evaluation, self.on_bad_image)
+        count = min(count, len(files))
+        return torch.stack([images[place * len(files) // count] for place in range(count)])
 
     def labelled_dataloader(self, split: Literal["train", "val"]) -> DataLoader[Any]:
         """Batches of (images [b 3 H W] in [0, 1], labels [b]), not augmented, from the class folders of `split`.
@@ -140,47 +157,65 @@ class ImageFolderData(pl.LightningDataModule):
         return DataLoader(files, self.batch_size, num_workers=self.num_workers, generator=torch.Generator())
 
 
-class ImageFiles(Dataset[Any]):
-    """Image files, read as RGB and transformed; with labels, pairs of image and label.
+class Files(Dataset[Any]):
+    """Image files, of which some may be unreadable.
 
     Args:
         files: their paths.
-        transform: PIL image -> tensor [3 H W].
         on_bad_image: "error" or "skip", as in `ImageFolderData`. `unreadable`, bool [files], marks those that were skipped,
             by any worker.
-        labels: one a file, or None.
     """
 
-    def __init__(
-        self,
-        files: list[Path],
-        transform: Callable[[Image.Image], Tensor],
-        on_bad_image: OnBadImage = "error",
-        labels: list[int] | None = None,
-    ) -> None:
+    def __init__(self, files: list[Path], on_bad_image: OnBadImage) -> None:
         self.files = files
-        self.transform = transform
         self.on_bad_image = on_bad_image
-        self.labels = labels
         self.unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Any:
+    def readable(self, index: int, read: Callable[[int], Any]) -> tuple[int, Any]:
+        """The first position from `index` on that can be read, and what `read` gives there.
+
+        Raises:
+            ValueError: what `read` raises, unless it is to be skipped; none can be read.
+        """
         for offset in range(len(self.files)):
             position = (index + offset) % len(self.files)
             try:
-                read = self.read(position)
+                return position, read(position)
             except ValueError as error:
                 if self.on_bad_image == "error":
                     raise
                 if not self.unreadable[position]:
                     self.unreadable[position] = True
                     warnings.warn(f"skipped: {error} ({int(self.unreadable.sum())} skipped so far)", stacklevel=2)
-                continue
-            return self.sample(position, read)
         raise ValueError(f"none of the {len(self.files)} image files can be read, the first is {self.files[0]}")
+
+
+class ImageFiles(Files):
+    """Image files, read as RGB and transformed; with labels, pairs of image and label.
+
+    Args:
+        files: their paths.
+        transform: PIL image -> tensor [3 H W].
+        on_bad_image: as in `Files`.
+        labels: one a file, or None.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        transform: Callable[[Any], Any],
+        on_bad_image: OnBadImage = "error",
+        labels: list[int] | None = None,
+    ) -> None:
+        super().__init__(files, on_bad_image)
+        self.transform = transform
+        self.labels = labels
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sample(*self.readable(index, self.read))
 
     def read(self, position: int) -> Any:
         """What the files of one sample hold; a ValueError here is an unreadable file."""
@@ -192,51 +227,57 @@ class ImageFiles(Dataset[Any]):
         return pixels if self.labels is None else (pixels, self.labels[position])
 
 
-def read_image(path: Path) -> Image.Image:
-    """Any image file as RGB, turned as its EXIF says; 16-bit grey is scaled to 8 bits, other modes go PIL's way (`convert`).
+class CroppedFiles(Files):
+    """Image files, of each a `Crop`.
 
-    Raises:
-        ValueError: the file cannot be read as an image, or has 32 bits a pixel and so no known white; it is named.
+    What is drawn depends on (seed, epoch, index) only. To be indexed by (epoch, index), or by the index.
     """
-    try:
-        with Image.open(path) as image:
-            deep_png = image.mode == "I" and image.format == "PNG"  # 16 bits, by an older PIL
-            if image.mode in ("I", "F") and not deep_png:
-                raise ValueError(f"32-bit gray, mode {image.mode}: convert it to 8 or 16 bits")
-            image.load()
-            turn_upright(image)
-            if image.mode.startswith("I"):  # PIL's own conversion clips at 255
-                return image.point(lambda value: value / 256).convert("L").convert("RGB")
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable image {path} ({error}); data.on_bad_image=skip goes on without it") from error
 
+    def __init__(self, files: list[Path], augmentation: CropAugmentation, on_bad_image: OnBadImage = "error") -> None:
+        super().__init__(files, on_bad_image)
+        self.augmentation = augmentation
 
-def turn_upright(image: Image.Image) -> None:
-    """Turns a loaded image as its EXIF orientation says; a damaged EXIF, of which ImageNet has some, says nothing."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except (struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
-        return
+    def __getitem__(self, place: Place | int) -> Crop:
+        epoch, index = epoch_and_index(place)
+        # not torch's own generator: to keep and set its state, as `seeded` does, takes longer than to draw
+        generator = torch.Generator().manual_seed(derived_seed("sample", epoch, index))
+
+        def cut(position: int) -> Tensor:
+            with opened(self.files[position]) as image:
+                return self.augmentation.cut(image, generator)
+
+        _, pixels = self.readable(index, cut)
+        return self.augmentation.draw(pixels, generator)
 
 
 def image_files(root: Path) -> list[Path]:
-    """Every image below `root`, in order, told by the extensions that torchvision knows.
+    """As `images_below`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data.root: there is no folder {root}")
-    files = sorted(
-        Path(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)  # subsets of ImageNet are often folders of links
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
+    files = images_below(root)
     if not files:
         raise FileNotFoundError(f"data.root: no image in or below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
     return files
+
+
+def images_below(root: Path) -> list[Path]:
+    """Every image in and below `root`, in order, told by the extensions that torchvision knows.
+
+    A folder with a file `.nomedia` is passed over with all that is below it, as galleries do, and named. The pictures that a
+    run has drawn are in one.
+    """
+    files: list[Path] = []
+    for folder, below, names in os.walk(root, followlinks=True):  # subsets of ImageNet are often folders of links
+        if NO_PHOTOS in names:
+            rank_zero_info(f"{folder} has a file {NO_PHOTOS}: its images are passed over")
+            below.clear()
+            continue
+        files += [Path(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(files)
 
 
 def class_folders(root: Path) -> list[str]:

@@ -15,6 +15,7 @@ from torchvision.datasets import FashionMNIST
 
 from unimim.data.fashion_mnist import provide
 from unimim.data.folder import each_once
+from unimim.randomness import Place, ResumableSampler, epoch_and_index
 
 GARMENT = 28
 """Side of a Fashion-MNIST image in pixels."""
@@ -116,7 +117,12 @@ class ScenesData(pl.LightningDataModule):
         collate = default_collate if self.labelled else images_alone
         scenes = self.splits["train"]
         return DataLoader(
-            scenes, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers, collate_fn=collate
+            scenes,
+            self.batch_size,
+            sampler=ResumableSampler(scenes),
+            drop_last=True,
+            num_workers=self.num_workers,
+            collate_fn=collate,
         )
 
     def val_dataloader(self) -> Any:
@@ -125,6 +131,11 @@ class ScenesData(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._in_order("test")
+
+    def pictured(self, count: int) -> Tensor:
+        """The first `count` validation scenes to look at: [n 3 H W] in [0, 1]."""
+        scenes = self.splits["val"]
+        return images_alone([scenes[place] for place in range(min(count, len(scenes)))])
 
     def _in_order(self, split: Literal["val", "test"]) -> DataLoader[Any]:
         scenes = self.splits[split]
@@ -274,12 +285,13 @@ class Scenes(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, places: list[Place | int]) -> list[tuple[Tensor, Tensor]]:
+        indices = [epoch_and_index(place)[1] for place in places]
         pixels = repeat(self.images[indices] / 255, "b H W -> b c H W", c=3)
         return list(zip(pixels, self.labels[indices].long(), strict=True))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, place: Place | int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([place])[0]
 
 
 def draw(seed: str, count: int) -> list[float]:

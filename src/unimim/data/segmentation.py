@@ -8,14 +8,16 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from unimim.data.folder import ImageFiles, OnBadImage, each_once, image_files, read_image, to_pixels
+from unimim.data.folder import ImageFiles, OnBadImage, each_once, image_files, to_pixels
+from unimim.data.photos import read_image
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
 from unimim.interfaces import IGNORED
+from unimim.randomness import ResumableSampler, SeededSamples
 
 
 class SegmentationFolderData(pl.LightningDataModule):
@@ -157,21 +159,22 @@ class SegmentationFolderData(pl.LightningDataModule):
                 rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", self.batch_size, shuffle=True, drop_last=True)
+        images = self.splits["train"]
+        return self._loader(SeededSamples(images), ResumableSampler(images), self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val", sampler=each_once(self.splits["val"]))
+        images = self.splits["val"]
+        return self._loader(images, each_once(images))
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict")
+        return self._loader(self.splits["predict"])
 
     def _loader(
-        self, split: str, batch_size: int = 1, shuffle: bool = False, drop_last: bool = False, sampler: Any = None
+        self, images: Dataset[Any], sampler: Any = None, batch_size: int = 1, drop_last: bool = False
     ) -> DataLoader[Any]:
         return DataLoader(
-            self.splits[split],
+            images,
             batch_size=batch_size,
-            shuffle=shuffle,
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,

@@ -1,5 +1,6 @@
 """T, the target generators: one a file."""
 
+from unimim.targets.cache import CachedTarget
 from unimim.targets.color import MeanColorTarget
 from unimim.targets.dalle import DVAETarget
 from unimim.targets.ema import EMAHeadTarget, EMATarget
@@ -9,6 +10,7 @@ from unimim.targets.pixels import PixelTarget
 from unimim.targets.tokens import CodebookTarget, VQKDTarget
 
 __all__ = [
+    "CachedTarget",
     "CodebookTarget",
     "DVAETarget",
     "EMAHeadTarget",

@@ -1,7 +1,7 @@
 """T as the mean colour of each patch: the masked patch prediction of the first ViT (Dosovitskiy et al., 2021)."""
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 from unimim.interfaces import Grid, TargetGenerator
@@ -32,3 +32,9 @@ class MeanColorTarget(TargetGenerator):
         colors = reduce(images.float(), "b c (h p) (w q) -> b h w c", "mean", h=h, w=w)
         red, green, blue = (colors * self.steps).floor().clamp(0, self.steps - 1).to(torch.long).unbind(-1)
         return (red * self.steps + green) * self.steps + blue
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """The middle of each class's colours: long [b h w], or logits [b h w c] -> [b 3 h w] in [0, 1]"""
+        codes = values if values.dtype == torch.long else values.argmax(-1)
+        steps = torch.stack([codes // self.steps**2, codes // self.steps % self.steps, codes % self.steps], dim=-1)
+        return rearrange((steps + 0.5) / self.steps, "b h w c -> b c h w")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.interfaces import Grid, Head, Student, TargetGenerator, check_positive
+from unimim.pictures import code_colors
 
 
 class FollowingTarget(TargetGenerator):
@@ -58,11 +59,12 @@ class EMATarget(FollowingTarget):
 
     Args:
         top_blocks: how many of the last blocks are averaged (data2vec, ViT-B: 6).
-        momentum, final_momentum: as `FollowingTarget` (data2vec, ViT-B: 0.9998, constant).
+        momentum: the share of the copy that stays in one optimizer step (data2vec, ViT-B: 0.9998).
+        final_momentum: where a half cosine over the whole training takes it; None leaves it constant (data2vec).
 
     Raises:
-        ValueError: as `FollowingTarget`; on `attach`, the student has fewer blocks, or the last ones differ in width or grid
-            (Swin: use `top_blocks=1`).
+        ValueError: a momentum outside [0, 1]; when training starts, weights of 16 bits; on `attach`, the student has fewer
+            blocks, or the last ones differ in width or grid (Swin: use `top_blocks=1`).
     """
 
     def __init__(self, top_blocks: int = 6, momentum: float = 0.9998, final_momentum: float | None = None) -> None:
@@ -80,6 +82,7 @@ class EMATarget(FollowingTarget):
             )
         super().attach(student)
         self.dim = student.embed_dim
+        self.last_block = self.average.last_block
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -98,10 +101,11 @@ class EMAHeadTarget(FollowingTarget):
 
     Args:
         prototypes: c, the width of the head.
-        momentum, final_momentum: as `FollowingTarget` (iBOT: from 0.996 to 1).
+        momentum: the share of the copies that stays in one optimizer step (iBOT: 0.996).
+        final_momentum: where a half cosine over the whole training takes it (iBOT: 1); None leaves it constant.
 
     Raises:
-        ValueError: as `FollowingTarget`, or no prototypes.
+        ValueError: a momentum outside [0, 1], or no prototypes; when training starts, weights of 16 bits.
     """
 
     def __init__(self, prototypes: int = 8192, momentum: float = 0.996, final_momentum: float | None = 1.0) -> None:
@@ -125,6 +129,10 @@ class EMAHeadTarget(FollowingTarget):
         nothing = torch.zeros(len(images), h, w, dtype=torch.bool, device=images.device)
         logits: Any = self.average_head(self.average(images, nothing), nothing, ~nothing)
         return rearrange(logits.float(), "(b h w) c -> b h w c", h=h, w=w)
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """The colour of the nearest prototype, of probabilities and logits alike: [b h w c] -> [b 3 h w] in [0, 1]"""
+        return code_colors(values.argmax(-1))
 
 
 @torch.no_grad()

@@ -8,9 +8,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import check_name, create_backbone, description, load_strictly, own_seed, read_file, state_dict_in
+from unimim.backbones import (
+    check_name,
+    check_object,
+    create_backbone,
+    description,
+    load_strictly,
+    own_seed,
+    read_file,
+    state_dict_in,
+)
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
 from unimim.positions import resized_positions
+from unimim.selection import last_block
 
 
 class FeatureTarget(TargetGenerator):
@@ -31,13 +41,14 @@ class FeatureTarget(TargetGenerator):
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
         resolution: side of the teacher's input in pixels. None: the student's grid times the teacher's patch, so that
             the grids meet; for a module of yours, the size of the images.
-        mean, std: statistics of the teacher's pixels; None takes those of timm's `pretrained_cfg`.
+        mean: of the teacher's pixels in [0, 1]; None takes that of timm's `pretrained_cfg`.
+        std: their standard deviation, likewise.
         dim: c; None asks timm.
         model_args: further arguments of the timm model.
 
     Raises:
-        ValueError: unknown name, weights that do not fit or cannot be had, an argument that the network has no use for;
-            on use, grids that do not meet.
+        ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
+            network has no use for; on use, grids that do not meet.
         FileNotFoundError: there is no file at `weights`.
     """
 
@@ -59,6 +70,8 @@ class FeatureTarget(TargetGenerator):
     ) -> None:
         super().__init__()
         self.is_timm = isinstance(network, str)
+        if not self.is_timm:
+            check_object("model.teacher.network", network, nn.Module, "unimim.EfficientNetLite0(), or the name of a timm model")
         self.name = network if isinstance(network, str) else type(network).__name__
         module: Any = network
         if self.is_timm:
@@ -96,6 +109,8 @@ class FeatureTarget(TargetGenerator):
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
+        if self.is_timm:
+            self.last_block = last_block(module, layer)
         self.resized = False
         self._looked: tuple[Tensor, int, Grid, Tensor] | None = None
         self._recorded: list[Tensor] | None = None

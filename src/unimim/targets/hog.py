@@ -3,11 +3,15 @@
 import math
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
 from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.pictures import hog_glyphs
+
+PIXELS_AT_ONCE = 2**18
+"""Of all channels, that a CPU works on at a time: one image of 224, whose gradients then stay in its cache."""
 
 
 class HOGTarget(TargetGenerator):
@@ -16,8 +20,8 @@ class HOGTarget(TargetGenerator):
     In each colour channel: gradients by 3x3 Sobel kernels with reflected borders; their magnitude is added to the bin of
     their unsigned orientation, without interpolation; bins are summed over square cells; and the bins of one cell and
     channel are scaled to length 1. MaskFeat feeds pixels normalized by mean and std: gradients do not see the mean, and
-    the length 1 takes the std away, but for rounding: a gradient on the edge of two bins may fall into the other. As in
-    MaskFeat's formula, what rounding leaves in a flat cell is scaled to length 1 too.
+    the length 1 takes the std away, but for rounding: a gradient on the edge of two bins may fall into the other. In 8-bit
+    photos many do, since an `across` of 0 is such an edge; there MaskFeat's own bins hang on rounding too.
 
     Args:
         patch_size: side of the student's patch in pixels.
@@ -28,7 +32,7 @@ class HOGTarget(TargetGenerator):
         ValueError: the patch is no multiple of the cell; on use, the images are not `patch_size` times the student's grid.
     """
 
-    kernel: Tensor
+    votes: Tensor
 
     def __init__(self, patch_size: int = 16, cell_size: int = 8, bins: int = 9) -> None:
         super().__init__()
@@ -39,22 +43,36 @@ class HOGTarget(TargetGenerator):
         self.cell_size = cell_size
         self.bins = bins
         self.dim = 3 * bins * (patch_size // cell_size) ** 2
-        across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer("kernel", torch.stack([across, across.T])[:, None], persistent=False)
+        whole_turn = torch.arange(-bins, bins + 1)
+        self.register_buffer("votes", F.one_hot(whole_turn % bins, bins), persistent=False)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> [b h w c]"""
-        h, w = grid_size
         self.check_patch_size(self.patch_size, images, grid_size)
-        planes = F.pad(rearrange(images.float(), "b c H W -> (b c) 1 H W"), (1, 1, 1, 1), mode="reflect")
-        across, down = F.conv2d(planes, self.kernel.float()).unbind(1)  # each [(b c) H W]
+        on_cpu = images.device.type == "cpu"
+        at_once = max(1, PIXELS_AT_ONCE // images.shape[1:].numel()) if on_cpu else len(images)
+        return torch.cat([self.histograms(piece, grid_size) for piece in images.split(at_once)])
+
+    def histograms(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """Of all cells: [b 3 H W] -> [b h w c]"""
+        h, w = grid_size
+        padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+        smooth = padded[:, :, :-2].add(padded[:, :, 1:-1], alpha=2).add_(padded[:, :, 2:])  # Sobel's kernels are separable
+        across = smooth[..., :-2] - smooth[..., 2:]
+        smooth = padded[..., :-2].add(padded[..., 1:-1], alpha=2).add_(padded[..., 2:])
+        down = smooth[:, :, :-2] - smooth[:, :, 2:]
         magnitude = torch.hypot(across, down)
-        turn = torch.atan2(across, down).div_(math.pi).mul_(self.bins)
-        bin_of = turn.floor_().long() % self.bins
-        histogram = torch.stack(
-            [F.avg_pool2d(magnitude.where(bin_of == k, 0), self.cell_size) for k in range(self.bins)], dim=1
-        )  # averages: the sum that MaskFeat takes differs by a factor, which the next line takes away
-        histogram = F.normalize(histogram, dim=1)
-        return rearrange(histogram, "(b c) k (h i) (w j) -> b h w (c k i j)", b=len(images), h=h, w=w)
+        turn = torch.atan2(across, down).div_(math.pi).mul_(self.bins).floor_().add_(self.bins)
+        vote = turn.int().clamp_(0, 2 * self.bins)  # a row of `votes`, also where a pixel is nan
+        # A bag is one row of a cell: the sum of its pixels' one-hot votes, weighted by magnitude.
+        bags, weights = (rearrange(x, "b c H (w q) -> (b c H w) q", q=self.cell_size) for x in (vote, magnitude))
+        histogram = F.embedding_bag(bags, self.votes.float(), mode="sum", per_sample_weights=weights)
+        rows = rearrange(histogram, "(b c H w) k -> b c H w k", b=len(images), c=3, H=images.shape[2])
+        cells = F.normalize(reduce(rows, "b c (h p) w k -> b c h w k", "sum", p=self.cell_size), dim=-1)
+        return rearrange(cells, "b c (h i) (w j) k -> b h w (c k i j)", h=h, w=w)
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """Strokes along the edges, in the colour of their channel, as bright as in the target: [b h w c] -> [b 3 H' W']."""
+        i = self.patch_size // self.cell_size
+        histograms = rearrange(values.float(), "b h w (c k i j) -> b c (h i) (w j) k", c=3, i=i, j=i)
+        return hog_glyphs(histograms / target.float().max().clamp(min=1e-6))

@@ -6,6 +6,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from unimim.interfaces import RGB, Grid, TargetGenerator, check_positive
+from unimim.pictures import unnormalised
 
 
 class PixelTarget(TargetGenerator):
@@ -15,7 +16,8 @@ class PixelTarget(TargetGenerator):
 
     Args:
         patch_size: side of the student's patch in pixels.
-        mean, std: statistics of the pixels; MAE and SimMIM reconstruct pixels normalized by ImageNet's.
+        mean: of the pixels in [0, 1]; MAE and SimMIM reconstruct pixels normalized by ImageNet's.
+        std: their standard deviation, likewise.
 
     Raises:
         ValueError: on use, the images are not `patch_size` times the student's grid.
@@ -38,3 +40,12 @@ class PixelTarget(TargetGenerator):
         self.check_patch_size(self.patch_size, images, grid_size)
         pixels = (images - self.mean) / self.std
         return rearrange(pixels, "b c (h p) (w q) -> b h w (p q c)", h=h, w=w)
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """The pixels themselves: [b h w c], [b h w c] -> [b 3 H W] in [0, 1]; those that N normalized have no contrast left."""
+        pixels = rearrange(values.float(), "b h w (p q c) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+        return (pixels * self.std + self.mean).clamp(0, 1)
+
+    def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
+        """As `unnormalised`: where N changed the pixels, by the true mean and spread of each patch."""
+        return self.picture(unnormalised(prediction, target, before), before)

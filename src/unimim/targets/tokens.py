@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import create_backbone, load_strictly, own_seed, read_file, read_state_dict
+from unimim.backbones import check_object, create_backbone, load_strictly, own_seed, read_file, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 ROWS_AT_ONCE = 8192
@@ -29,8 +29,8 @@ class CodebookTarget(TargetGenerator):
         iterations: of k-means (BEiT v2's initialization: 10).
 
     Raises:
-        ValueError: the features are discrete themselves or follow the student (an EMA); a file that holds no such tensor;
-            when fitting, fewer distinct vectors than codes; on use, there is no codebook yet.
+        ValueError: the features are a class, discrete themselves or follow the student (an EMA); a file that holds no such
+            tensor; when fitting, fewer distinct vectors than codes; on use, there is no codebook yet.
         FileNotFoundError: there is no file `codebook`.
     """
 
@@ -48,8 +48,8 @@ class CodebookTarget(TargetGenerator):
     ) -> None:
         super().__init__()
         check_positive("model.teacher", codes=codes, fit_images=fit_images, iterations=iterations)
-        hooks = ("attach", "attach_head", "update")
-        if any(getattr(type(features), hook) is not getattr(TargetGenerator, hook) for hook in hooks):
+        check_object("model.teacher.features", features, TargetGenerator, "unimim.HOGTarget()")
+        if features.follows_student:
             raise ValueError(
                 f"model.teacher.features: {type(features).__name__} follows the student, a codebook needs what stays"
             )
@@ -131,7 +131,8 @@ class VQKDTarget(TargetGenerator):
     Args:
         weights: the published file of the tokenizer (its name begins with `vqkd_encoder`), whose decoder is left aside; or
             "random" to try a recipe.
-        codes, code_dim: size of the vocabulary and width of the small space (published: 8192 and 32).
+        codes: size of the vocabulary (published: 8192).
+        code_dim: width of the small space (published: 32).
         model_args: further arguments of the encoder, timm's `beit_base_patch16_224`.
 
     Raises:

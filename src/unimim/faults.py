@@ -1,0 +1,246 @@
+"""What a training does when it cannot go on as planned: an update that is not finite, a signal to stop."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from unimim.saving import replace
+from unimim.waiting import may_wait
+
+SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1"))
+"""Those that ask a training to stop. (Windows has no SIGUSR1.)"""
+
+
+class SkipNonFinite(pl.Callback):
+    """An update whose loss or gradient is NaN or infinite changes nothing, on any process; too many end the training.
+
+    Whether an update is finite stays on the device, and is shared by the processes there: no step waits for it. The fused
+    optimizers of torch skip by it; any other is skipped too, but then every step waits. It is read at logging steps (on a CPU
+    in every one), at every save and at the end. With accumulation one bad batch skips the whole update. Weights and the
+    optimizer's state are as they were; the schedule, an EMA and the statistics of a batch norm go on.
+
+    The three tasks bring their own, set by their `max_skipped_updates`.
+
+    Args:
+        max_skipped: updates of this process's life that may be skipped; one more ends it.
+
+    Attributes:
+        skipped: how many were, a number on the device; so are the others.
+        skipped_step, skipped_norm: the last of them, and its gradient's norm.
+        norm: of the gradient of the last update that was made, over all processes and before clipping.
+
+    Raises:
+        ValueError: max_skipped is below 0.
+        FloatingPointError: while training or saving, more updates were skipped, or the weights to save are not finite.
+    """
+
+    def __init__(self, max_skipped: int = 0) -> None:
+        if max_skipped < 0:
+            raise ValueError(f"model.max_skipped_updates is a number of updates, not below 0: got {max_skipped}")
+        self.max_skipped = max_skipped
+        self.reset(torch.device("cpu"))
+
+    def reset(self, device: torch.device) -> None:
+        """Nothing skipped so far."""
+        self.bad, self.skipped, self.skipped_step, self.skipped_norm, self.norm = torch.zeros(5, device=device)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reset(pl_module.device)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).float())
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]  # the same in every process
+        processes = trainer.world_size
+        shared = torch.stack([self.bad, sum_of_squares(shards, self.bad) + sum_of_squares(whole, self.bad) / processes])
+        if processes > 1:
+            distributed.all_reduce(shared)
+        norm = shared[1].sqrt()
+        bad = shared[0] > 0
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else such gradients are how it finds its scale
+            bad = bad | ~norm.isfinite()
+        self.skipped = self.skipped + bad
+        self.skipped_step = torch.where(bad, float(trainer.global_step), self.skipped_step)
+        self.skipped_norm = torch.where(bad, norm, self.skipped_norm)
+        self.norm = torch.where(bad, self.norm, norm)
+        if all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        elif bad:
+            optimizer.zero_grad()  # what has no gradient is not updated
+        self.bad = torch.zeros_like(self.bad)
+        if may_wait(trainer):
+            self.check_skipped(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_skipped(trainer)
+
+    def check_skipped(self, trainer: pl.Trainer) -> None:
+        """
+        Raises:
+            FloatingPointError: more updates were skipped than may be.
+        """
+        skipped = int(self.skipped)
+        if skipped > self.max_skipped:
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss or its gradient became NaN or infinite by step {int(self.skipped_step)} (lr {lr:.2e}, gradient norm "
+                f"{float(self.skipped_norm):.3g}, in the last update that was made {float(self.norm):.3g}): try a lower "
+                f"model.lr, trainer.gradient_clip_val, or trainer.precision 32-true; of {skipped} such updates none was made "
+                f"(model.max_skipped_updates is {self.max_skipped}), and the last checkpoint is kept"
+            )
+
+    def check_saved(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """To be called, on all processes, before weights are saved; of `EMAWeightAveraging` also those that it keeps beside.
+
+        Raises:
+            FloatingPointError: as `check_skipped`, or of one process some weight in the checkpoint is not finite.
+        """
+        self.check_skipped(trainer)
+        states = [checkpoint["state_dict"], checkpoint.get("current_model_state", {})]
+        tensors = [
+            (name, t.to_local() if isinstance(t, DTensor) else t)
+            for state in states
+            for name, t in state.items()
+            if isinstance(t, Tensor)
+        ]
+        bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if not trainer.strategy.reduce_boolean_decision(not bad):
+            named = ", ".join(bad[:3]) or "some of another process's weights"
+            raise FloatingPointError(
+                f"the model is not saved at step {trainer.global_step}, because not all of it is finite: {named}; the last "
+                f"checkpoint is kept"
+            )
+
+
+def sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """Of all their numbers, at least in float32; 0 of no tensor, on the device of `like`."""
+    if not tensors:
+        return torch.zeros_like(like)
+    norms = torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack(norms).square().sum().to(like.dtype)
+
+
+def guarded(trainer: pl.Trainer, guard: SkipNonFinite) -> list[pl.Callback]:
+    """What `configure_callbacks` of a task returns of its guard: the guard, unless the Trainer has it already."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [] if guard in callbacks else [guard]
+
+
+class StopOnSignal(pl.Callback):
+    """SIGTERM or SIGUSR1 saves a checkpoint between two steps, says where, and ends the program with exit status 0.
+
+    One process that gets the signal stops all, after the same step: the running one, or the next that updates the weights. On
+    several GPUs, where agreeing waits for the device, it is the next logging step (`trainer.log_every_n_steps`). A signal
+    during a validation is heeded after the first such step that follows it. The checkpoint lies where the ModelCheckpoint's
+    do; without one (`trainer.enable_checkpointing` false) nothing is saved. Once it is complete, the signal's checkpoint before
+    it is removed: this run's, or the one from which it goes on under `--resume auto`.
+
+    From the `setup` of the callbacks on signals are heeded, and workers of the data outlive SIGUSR1. Before the first step (a
+    teacher that is fitted to the data, the trial validation) the program ends where training would begin, with exit status 0,
+    and saves nothing.
+
+    Where another handler of SIGUSR1 is there when training starts, it is called after the save, on every process, and training
+    goes on: Lightning's under Slurm, which requeues the job. In Python: `Trainer(callbacks=[StopOnSignal()])`.
+    """
+
+    def __init__(self) -> None:
+        self.resumed_from: str | None = None
+        self.found: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the signals, before the workers of the data are forked; and again from where Lightning does.
+
+        Lightning 2.6 sets back in the end those that it found. It sends a broadcast from within its handler, where it meets
+        whatever collective the other processes are in (and may wait for ever), and ends a validation in one process alone; it
+        knows no save.
+        """
+        self.received = 0
+        self.previous: dict[int, Any] = {}
+        connector: Any = trainer._signal_connector
+        takes = stage == "fit" and threading.current_thread() is threading.main_thread()
+        if takes:
+            self.found = {number: signal.signal(number, self.note) for number in SIGNALS}
+
+        def register_signal_handlers() -> None:
+            self.give_back()
+            type(connector).register_signal_handlers(connector)
+            if takes:
+                self.previous = {number: signal.signal(number, self.note) for number in SIGNALS}
+
+        connector.register_signal_handlers = register_signal_handlers
+
+    def give_back(self) -> None:
+        """The handlers that `setup` found."""
+        for number, handler in self.found.items():
+            signal.signal(number, handler)
+        self.found = {}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.give_back()
+
+    def note(self, number: int, frame: Any) -> None:
+        """The handler: it may run amid anything, and only remembers."""
+        self.received = number
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+        callbacks: Any = trainer  # others change what is saved, so this is the last but for ModelCheckpoint
+        callbacks.callbacks = sorted(callbacks.callbacks, key=lambda other: (isinstance(other, Checkpoint), other is self))
+        loop: Any = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = lambda: None  # by which every step of several processes would wait
+        if number := self.agreed(trainer):
+            self.stop(trainer, number, "before this run's first step")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:  # amid an accumulation
+            return
+        self.step = trainer.global_step
+        if (trainer.world_size == 1 or may_wait(trainer)) and (number := self.agreed(trainer)):
+            place = "there is no ModelCheckpoint, so nothing is saved"
+            if callback := next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None):
+                name = f"epoch={trainer.current_epoch}-step={self.step}-{signal.Signals(number).name}.ckpt"
+                place = f"{callback.dirpath}/{name}"
+                trainer.save_checkpoint(place, weights_only=False)
+                if self.resumed_from and self.resumed_from.endswith(tuple(f"-{one.name}.ckpt" for one in SIGNALS)):
+                    replace(trainer, Path(self.resumed_from), Path(place))
+                self.resumed_from = place
+            try:
+                self.stop(trainer, number, f"after step {self.step}: {place}")
+            except SIGTERMException:
+                connector = trainer._logger_connector  # Lightning would log this step's metrics behind this hook
+                connector.on_batch_end()
+                connector.update_train_step_metrics()
+                raise
+
+    def agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any process has got, 0 for none. To be called on all."""
+        if trainer.world_size == 1:
+            return self.received
+        highest = torch.tensor(self.received, device=trainer.strategy.root_device)
+        distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
+        return int(highest)
+
+    def stop(self, trainer: pl.Trainer, number: int, told: str) -> None:
+        """Ends the training on every process, or hands on to the handler that was there before."""
+        self.received = 0
+        if trainer.is_global_zero:
+            print(f"{signal.Signals(number).name} {told}", flush=True)
+        requeue = self.previous.get(number)
+        if number != signal.SIGTERM and callable(requeue):
+            requeue(number, None)
+            return
+        raise SIGTERMException

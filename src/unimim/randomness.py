@@ -1,0 +1,410 @@
+"""Everything that a training draws at random is derived from the run's seed: one that was killed goes on as if it never was.
+
+Nothing random is saved. The order of the images is a function of (seed, epoch), what transforms draw for an image of (seed,
+epoch, index), what a step draws (masks, drop path, dropout, Mixup) of (seed, epoch, batch index, process). The run's seed is
+that of `pl.seed_everything` (environment PL_GLOBAL_SEED), and 0 where there is none.
+"""
+
+import hashlib
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sized
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loops import evaluation_loop, fit_loop
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, distributed
+from torch.utils.data import Dataset, DistributedSampler
+
+
+class View(NamedTuple):
+    """Stands where an epoch does: an image then looks as in epoch `number` of a run with this seed, in a run of any seed."""
+
+    seed: int
+    number: int
+
+
+Epoch = int | View
+Place = tuple[Epoch, int]
+"""(epoch, index) of a sample."""
+NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not resumable"
+"""What Lightning says of every loader without a `state_dict`."""
+
+
+def run_seed() -> int:
+    """The seed that `pl.seed_everything` was given last, here or in the process that started this one; 0 if none was."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def derived_seed(*words: str | Epoch, seed: int | None = None) -> int:
+    """64 bits of `seed` and `words`, the same on every machine and with every version of Python.
+
+    Where no seed is given, it is that of a View among the words, else the run's.
+    """
+    if seed is None:
+        seed = next((word.seed for word in words if isinstance(word, View)), run_seed())
+    text = "/".join(str(word.number if isinstance(word, View) else word) for word in (seed, *words))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def seeded(*words: str | Epoch) -> Iterator[None]:
+    """Within it torch on the CPU, numpy and random run under `derived_seed(*words)`; afterwards they are as before."""
+    with isolate_rng(include_cuda=False):
+        seed = derived_seed(*words)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        seed_numpy_and_random(seed)
+        yield
+
+
+@contextmanager
+def aside(*words: str | int) -> Iterator[None]:
+    """As `seeded`, on all devices: what is drawn within it takes nothing from what training draws."""
+    with isolate_rng():
+        torch.manual_seed(derived_seed(*words))
+        seed_numpy_and_random(derived_seed(*words))
+        yield
+
+
+def seed_numpy_and_random(seed: int) -> None:
+    """Seeds numpy and random, whose state timm's RandAugment, erasing and Mixup use."""
+    np.random.seed([seed % 2**32, seed >> 32])
+    random.seed(seed)
+
+
+def epoch_and_index(place: Place | int) -> Place:
+    """What `ResumableSampler` yields, as it is; an index alone, of any other sampler, is one of epoch 0."""
+    return place if isinstance(place, tuple) else (0, place)
+
+
+class ResumableSampler(DistributedSampler[Place]):
+    """The order of the images in training: the (epoch, index) of this process's share.
+
+    The order is a function of (seed, epoch), in which n processes take turns: that of rank r has each n-th image from r on. So
+    a step sees the same images in any number of processes, if they are as many in all; the last images, fewer than there are
+    processes, are left out. Lightning leaves this sampler as it is and tells it the epoch; elsewhere call `set_epoch`.
+
+        DataLoader(SeededSamples(dataset), batch_size, sampler=ResumableSampler(dataset), drop_last=True)
+
+    The seed is that of the first process: a script may give each its own (`pl.seed_everything(42 + rank)`), which the
+    transforms of its images and its steps then run under. So it is made on all processes, as in `train_dataloader`.
+
+    Args:
+        dataset: whose length counts. Processes are those of torch.distributed, if it is initialized.
+
+    Attributes:
+        views: None, or (count, seed): then epoch e shows images as epoch e mod `count` of a run with this seed would; their
+            order stays the run's. It holds from the next iteration on.
+    """
+
+    def __init__(self, dataset: Sized) -> None:
+        several = distributed.is_available() and distributed.is_initialized()
+        processes, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
+        seed = [run_seed()]
+        if several:
+            distributed.broadcast_object_list(seed)
+        images: Any = dataset
+        super().__init__(images, processes, rank, seed=seed[0], drop_last=True)
+        self.skipped = 0
+        self.views: tuple[int, int] | None = None
+        self.chosen: list[Place] | None = None
+
+    def __iter__(self) -> Iterator[Place]:
+        if self.chosen is not None:
+            return iter(self.chosen)
+        return zip(repeat(self.seen_as()), self.share()[self.skipped :].tolist(), strict=False)
+
+    def share(self) -> Tensor:
+        """The indices of this process in the whole epoch, in their order: long [n]."""
+        generator = torch.Generator().manual_seed(derived_seed("order", self.epoch, seed=self.seed))
+        images: Any = self.dataset
+        order = torch.randperm(len(images), generator=generator)[: self.total_size]
+        return order[self.rank :: self.num_replicas]
+
+    def seen_as(self) -> Epoch:
+        """What stands for the epoch in its places: itself, or one of the fixed `views`."""
+        if self.views is None:
+            return self.epoch
+        count, seed = self.views
+        return View(seed, self.epoch % count)
+
+    @contextmanager
+    def choose(self, places: list[Place]) -> Iterator[None]:
+        """Within it an iteration goes over these places instead of an epoch's."""
+        self.chosen = places
+        try:
+            yield
+        finally:
+            self.chosen = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next iteration."""
+        if epoch != self.epoch:
+            self.skipped = 0
+        super().set_epoch(epoch)
+
+    def resume(self, epoch: int, skipped: int) -> None:
+        """Goes on within an epoch, after `skipped` samples of this process. `len()` stays that of a whole epoch."""
+        self.set_epoch(epoch)
+        self.skipped = skipped
+
+
+class SeededSamples(Dataset[Any]):
+    """Samples of a dataset whose transforms run under (seed, epoch, index).
+
+    What they draw for an image (by torch, numpy or random) depends on nothing else: not on the batch, the worker, the process
+    or what was drawn before. To be indexed by (epoch, index), as `ResumableSampler` yields them.
+
+    Args:
+        dataset: any with `__len__` and `__getitem__`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: Place | int) -> Any:
+        epoch, index = epoch_and_index(place)
+        with seeded("sample", epoch, index):
+            return self.dataset[index]
+
+
+class ExactResume(pl.Callback):
+    """Seeds each step, and lets a training that is resumed go on at the very image where its checkpoint was written.
+
+    The tasks bring their own (`configure_callbacks`); for other LightningModules it is given to the Trainer. The place within
+    an epoch is kept where the data is read through `ResumableSampler`, with other samplers Lightning warns.
+
+    A checkpoint that was written between two steps of the optimizer, while gradients accumulate, continues at the first batch
+    of that accumulation. One that was written before a validation that was due, or within it, continues with all of that
+    validation; one after an epoch's last batch with the end of the epoch. Callbacks find the metrics as last measured.
+
+    With another number of processes, images or accumulated batches, training goes on after the images that were seen, rounded
+    down to whole steps, and says so; in an order that differs from that of an uninterrupted run unless a step has as many
+    images as before. Schedules count steps, not images. A checkpoint without these numbers (of another sampler, or written
+    without this callback) has no place within its epoch: that is said, and Lightning goes on its own way.
+
+    Not covered: what is drawn before `on_train_batch_start`, such as by one's own `on_after_batch_transfer`, and within a
+    validation; means over an epoch (`self.log(on_epoch=True)` in a training step), which are of the resumed part; a validation
+    that was due at the step with which `max_steps` ends the training.
+    """
+
+    def __init__(self) -> None:
+        self.saved: dict[str, int] | None = None
+        self.metrics: dict[str, float] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.quiet = ExitStack()
+
+    # Each step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds torch on every device, numpy and random for this step."""
+        self.quiet.close()
+        seed = derived_seed("step", trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(seed)
+        seed_numpy_and_random(seed)
+        accumulated = trainer.accumulate_grad_batches
+        if accumulated > 1 and batch_idx % accumulated == 0:
+            self.buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets Lightning warn again, and another training read the loader from its beginning."""
+        self.quiet.close()
+        if is_resumable(trainer):
+            loader: Any = trainer.train_dataloader
+            loader.sampler.skipped = 0
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    # What is saved
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what the order of the images depends on, and the metrics; corrects what would make the resumed run another one.
+
+        An epoch that was cut short (`max_steps`, `should_stop`) is still to be finished, though Lightning counts it as done.
+        Running means within the model moved with each batch of an unfinished accumulation, which will be seen again; those of
+        an average of the weights (`EMAWeightAveraging`, whose state dict then comes first) did not.
+        """
+        if not is_resumable(trainer):
+            return
+        checkpoint["run"] = numbers(trainer)
+        checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        loop: Any = trainer.fit_loop
+        batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
+        if batches.is_last_batch:
+            return
+        if batches.current.processed and epochs.current.processed == epochs.current.started:
+            for counted in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                counted["processed"] = counted["completed"] = counted["started"] - 1
+        if batches.current.processed % trainer.accumulate_grad_batches:
+            state = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            state.update({name: buffer for name, buffer in self.buffers.items() if name in state})
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.saved = checkpoint.get("run")
+        self.metrics = checkpoint.get("metrics", {})
+
+    # Going on
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sets Lightning's progress to a whole step, tells the sampler, and begins to read there.
+
+        Lightning has opened the loader before it knew the epoch, and its workers may have read from it (its issue 21938).
+
+        Raises:
+            ValueError: as `check_loader`.
+        """
+        if not is_resumable(trainer):
+            return
+        check_loader(trainer)
+        loop: Any = trainer.fit_loop
+        if not loop.is_resuming:
+            return
+        loader: Any = trainer.train_dataloader
+        epochs, batches, validation = loop.epoch_progress, loop.epoch_loop.batch_progress, loop.epoch_loop.val_loop
+        closed = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch
+        for progress in (epochs.current, epochs.total):
+            progress.processed -= int(closed)  # Lightning takes an epoch as over after its last batch, before its end
+            progress.completed = progress.processed
+        begun = epochs.current.started > epochs.current.processed
+        over = begun and batches.is_last_batch
+        if self.saved is None:
+            amid = begun and not over
+            epoch = trainer.current_epoch
+            goes_on = f"the rest of epoch {epoch} has the first images" if amid else f"epoch {epoch + int(over)} has the images"
+            rank_zero_info(
+                f"the checkpoint does not say which images its run had seen (it is of another sampler, or was written without "
+                f"ExactResume): {goes_on} of this run's order"
+            )
+            if amid:
+                loader.sampler.set_epoch(trainer.current_epoch)
+                iter(loop._data_fetcher)
+                return
+        measured = {name: torch.tensor(value, device=pl_module.device) for name, value in self.metrics.items()}
+        trainer.callback_metrics.update(measured)
+        validated = batches.current.completed == batches.current.processed and is_done(validation.batch_progress)
+        seen = batches.current.processed if begun else 0
+        done = self.batches_done(trainer, seen, over)
+        whole = done == trainer.num_training_batches
+        for progress, count in ((batches.current, done), (batches.total, batches.total.processed - seen + done)):
+            progress.ready = progress.started = progress.processed = progress.completed = count
+        due = done > 0 and (over or done == seen) and not validated and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        loop._restart_stage = fit_loop.RestartStage.RESTARTED_MID_EPOCH if begun else fit_loop.RestartStage.NONE
+        loop.epoch_loop.restarting = begun
+        loop.epoch_loop.reset_restart_stage()
+        validation.restarting = False  # all of it, which Lightning does in the place of a batch where it was amid one
+        stages = evaluation_loop.RestartStage
+        validation._restart_stage = stages.RESTARTED_MID_EVALUATION if due else stages.NONE
+        # Lightning adds one when it begins, and one after a validation
+        loop.epoch_loop._batches_that_stepped = loop.epoch_loop.global_step - int(begun) - int(due)
+        loop._last_train_dl_reload_epoch = trainer.current_epoch  # else it would make another loader, at its start
+        loader.sampler.resume(trainer.current_epoch, len(loader.sampler) if whole else done * loader.batch_size)
+        iter(loop._data_fetcher)
+        self.quiet.enter_context(warnings.catch_warnings())  # until the first batch
+        warnings.filterwarnings("ignore", message=NOT_RESUMABLE)
+
+    def batches_done(self, trainer: pl.Trainer, seen: int, whole: bool) -> int:
+        """How many of this run's batches are what `seen` batches of the checkpoint's were, in whole steps of the optimizer.
+
+        Says so where the numbers of the two differ.
+
+        Args:
+            whole: all of the epoch was seen.
+        """
+        now = numbers(trainer)
+        batches = int(trainer.num_training_batches)
+        if self.saved is None:
+            return batches if whole else 0
+        saved = self.saved
+        before, after = images_a_step(saved), images_a_step(now)
+        images = seen // saved["accumulate_grad_batches"] * before
+        steps = images // after
+        if saved != now:
+            again = f" ({left} are seen again)" if (left := images - steps * after) and not whole else ""
+            kept = before == after and all(saved[name] == now[name] for name in ("images", "seed"))
+            rank_zero_info(
+                f"the checkpoint is of {told(saved)}, this run has {told(now)}: it goes on after {images} images of epoch "
+                f"{trainer.current_epoch}{again}, and "
+                + ("masks differ" if kept else "the order of the images differs")
+                + " from what it would have been"
+                + ("" if before == after else "; schedules go on by their steps")
+            )
+        return batches if whole else min(steps * now["accumulate_grad_batches"], batches)
+
+
+def exact_resume(trainer: pl.Trainer) -> list[pl.Callback]:
+    """What `configure_callbacks` of a task returns: `ExactResume`, unless the Trainer has it already."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [] if any(isinstance(callback, ExactResume) for callback in callbacks) else [ExactResume()]
+
+
+def is_resumable(trainer: pl.Trainer) -> bool:
+    """Whether training reads its data through `ResumableSampler`."""
+    return isinstance(getattr(trainer.train_dataloader, "sampler", None), ResumableSampler)
+
+
+def is_done(progress: Any) -> bool:
+    """Whether a validation came to its end."""
+    return bool(progress.is_last_batch and progress.current.completed == progress.current.ready)
+
+
+def check_loader(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: what `ResumableSampler` yields does not go through this loader: it makes no batches, its dataset takes no
+            (epoch, index), or the sampler was made before the processes knew of each other.
+    """
+    loader: Any = trainer.train_dataloader
+    dataset, sampler = loader.dataset, loader.sampler
+    if loader.batch_size is None:
+        raise ValueError(
+            "the training's DataLoader has batch_size=None, but a place within an epoch is counted in batches: give it a "
+            "batch_size"
+        )
+    if sampler.num_replicas != trainer.world_size:
+        raise ValueError(
+            f"ResumableSampler shares the images among {sampler.num_replicas} processes, but {trainer.world_size} train: make "
+            f"it in train_dataloader, where torch.distributed is initialized"
+        )
+    if isinstance(dataset, SeededSamples):
+        return
+    try:
+        dataset[len(dataset), 0]  # of an epoch that is no index either: an array would take that for its first axis
+    except (TypeError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"ResumableSampler yields (epoch, index), which {type(dataset).__name__} does not take ({error}): wrap it, "
+            f"DataLoader(SeededSamples(dataset), ...)"
+        ) from error
+
+
+def numbers(trainer: pl.Trainer) -> dict[str, int]:
+    """What the order of the images, and the place in an epoch, depend on."""
+    loader: Any = trainer.train_dataloader
+    return {
+        "processes": loader.sampler.num_replicas,
+        "batch_size": loader.batch_size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "images": len(loader.sampler.dataset),
+        "seed": loader.sampler.seed,
+    }
+
+
+def images_a_step(run: dict[str, int]) -> int:
+    """Of the optimizer, over all processes."""
+    return run["processes"] * run["batch_size"] * run["accumulate_grad_batches"]
+
+
+def told(run: dict[str, int]) -> str:
+    """As a person reads it."""
+    step = "{processes} processes x {batch_size} images x {accumulate_grad_batches} accumulated"
+    return f"{step}, {{images}} images in all, seed {{seed}}".format(**run)

@@ -1,0 +1,399 @@
+"""T from the disk: what a frozen teacher says of K fixed views of each image, computed once (no paper has it; for sweeps)."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from unimim.backbones import check_object
+from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
+from unimim.target_files import TargetFiles, content_of, in_words, whole
+
+MADE_WITH, FITTED = Path("teacher/made_with.json"), Path("teacher/fitted.safetensors")
+"""Where a cache says what it is of, and keeps what its teacher has fitted to the data."""
+CHECKED = 8
+"""Views that the teacher looks at again before a run adds to a cache, or reads it."""
+SAME_PIXELS = 0.01
+"""The most by which a quarter's mean colour, in [0, 1], may differ between two decoders or precisions of the same view."""
+SAME_TEACHER, SAME_TOKENS = 0.1, 0.3
+"""The most by which features may differ in norm, and tokens in number, between two precisions of a teacher.
+
+A ViT-B with random weights differs by 0.005 in bfloat16, and by 0.25 from its block before the last.
+"""
+
+
+class CachedTarget(TargetGenerator):
+    """The targets of a frozen teacher, stored for K fixed views of each image, and read in its place while training.
+
+    Epoch e of a run shows each image as epoch e mod K of a run with the seed `view_seed` would: so crop, flip and jitter are
+    those of K views, whatever the run's own seed, of which the order of the images and the masks still are. This departs from
+    the papers' recipes, where each epoch has new views; it is for sweeps and small sets of data.
+
+    Before the first step, what `folder` lacks is computed by all processes, each some of the files, after its size was said.
+    It is read by any run with the same teacher, grid and data, in any number of processes. Features are stored in bfloat16,
+    tokens as integers; each view has a checksum, and the mean colours by which it is recognized. The data is read through
+    `ResumableSampler`. Outside of a training's steps, it is the teacher: of validations, and of pictures.
+
+    Args:
+        teacher: the frozen target.
+        folder: where the targets are, or will be; several nodes share it.
+        views: K. A folder with fewer gets those that it lacks, one with more is read as far as that.
+        view_seed: of the views; runs of any seed share them.
+
+    Raises:
+        ValueError: the teacher follows the student (an EMA), or there are no views. When training starts: the folder was made
+            with another teacher, grid, data or view seed; it is damaged; the disk is too small; the data is read another way.
+            In a step: other images than the step's own, or images that are not the views that were stored.
+    """
+
+    def __init__(self, teacher: TargetGenerator, folder: str, views: int = 4, view_seed: int = 0) -> None:
+        super().__init__()
+        check_positive("model.teacher", views=views)
+        check_object("model.teacher.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
+        if teacher.follows_student:
+            raise ValueError(f"model.teacher.teacher: {type(teacher).__name__} follows the student, a cache needs what stays")
+        self.teacher = teacher
+        self.dim = teacher.dim
+        self.folder = Path(folder).expanduser()
+        self.views = views
+        self.view_seed = view_seed
+        self.made_with = described(teacher)
+        self.of_step: tuple[Tensor, Tensor] | None = None
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What fixes the views, writes what is missing, and reads what a step needs."""
+        return [FixedViews(self)]
+
+    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c], or long [b h w]"""
+        if self.of_step is None:
+            self.teacher.to(images.device)
+            return self.teacher(images, grid_size)
+        images_of_step, target = self.of_step
+        if images is not images_of_step:
+            raise ValueError("a cache has targets of the step's own images only: change images in the data, or use no cache")
+        return target
+
+    def picture(self, values: Tensor, target: Tensor) -> Tensor:
+        """As the teacher's."""
+        return self.teacher.picture(values, target)
+
+    def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
+        """As the teacher's."""
+        return self.teacher.reconstruction(prediction, target, before)
+
+
+class FixedViews(pl.Callback):
+    """Brings a `CachedTarget` and a training's data together; the teacher brings it along.
+
+    Fixes the views before the first step, has written what is missing, and hands each step's targets over.
+    """
+
+    files: TargetFiles
+    sampler: ResumableSampler | None = None
+
+    def __init__(self, target: CachedTarget) -> None:
+        self.target = target
+        self.reader = ThreadPoolExecutor(1)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """
+        Raises:
+            ValueError, OSError: as `CachedTarget`.
+        """
+        loop: Any = trainer.fit_loop
+        loop.setup_data()
+        target, folder, grid_size = self.target, self.target.folder, pl_module.student.grid_size
+        dataset = sampler_of(trainer).dataset
+        blank = torch.zeros(1, 3, *pl_module.student.image_size, device=pl_module.device)
+        example = self.looked(trainer, pl_module, blank)
+        self.files = TargetFiles(folder, len(dataset), tuple(example.shape[1:]), example.dtype)  # type: ignore[arg-type]
+        made_with = {
+            **target.made_with,
+            "grid_size": grid_size,
+            "image_size": pl_module.student.image_size,
+            "images": self.files.images,
+            "view_seed": target.view_seed,
+            "target": [str(example.dtype), *self.files.shape],
+            "rows": self.files.rows,
+        }
+        # as the first process sees it, so that all do the same
+        begun, missing, free = trainer.strategy.broadcast(self.on_disk())
+        if begun:
+            check_same(folder, made_with)
+        self.announce(missing, free)
+        if not begun:
+            if trainer.is_global_zero:
+                self.begin(trainer, pl_module, made_with)
+            trainer.strategy.barrier("cache: it has begun")
+            check_same(folder, made_with)  # another run may have been faster
+        if (folder / FITTED).is_file():
+            target.teacher.load_state_dict(load_file(folder / FITTED, device=str(pl_module.device)))
+        self.check(trainer, pl_module, missing)
+        for view, numbers in enumerate(missing):
+            self.write(trainer, pl_module, view, numbers[trainer.global_rank :: trainer.world_size])
+        trainer.strategy.barrier("cache: it is written")
+        self.files.open_all(target.views)
+        self.fix(trainer)
+        iter(loop._data_fetcher)  # it may have begun to read other views
+
+    def on_disk(self) -> tuple[bool, list[list[int]], int]:
+        """Whether the cache was begun, the numbers of the files that each view lacks, and the bytes that are free."""
+        folder = self.target.folder
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        missing = [self.files.missing(view) for view in range(self.target.views)]
+        return (folder / MADE_WITH).is_file(), missing, shutil.disk_usage(there).free
+
+    def announce(self, missing: list[list[int]], free: int) -> None:
+        """Says how much will be written.
+
+        Raises:
+            ValueError: the disk has less.
+        """
+        folder, views, files = self.target.folder, self.target.views, self.files
+        needed = files.bytes_of(missing)
+        in_all = in_words(files.images * views * files.view_bytes)
+        size = f"{files.images:,} images x {views} views x {in_words(files.view_bytes)} = {in_all}"
+        if needed > free:
+            raise ValueError(
+                f"the cache {folder} needs {in_words(needed)} more ({size}), but its disk has {in_words(free)} free: give "
+                f"fewer views (--views), or another folder (--cache)"
+            )
+        rank_zero_info(
+            f"cache {folder}: {size}, {in_words(needed)} of them are to be written, {in_words(free)} are free"
+            if needed
+            else f"cache {folder}: {size}, all there"
+        )
+
+    def begin(self, trainer: pl.Trainer, pl_module: Any, made_with: dict[str, Any]) -> None:
+        """Prepares the teacher, and writes what was fitted beside what the cache is made with. On one process.
+
+        Where another run does the same at the same time, the folder of the first stays, and is that of both.
+        """
+        teacher = self.target.teacher
+        with trainer.precision_plugin.forward_context():
+            teacher.prepare(pl_module.training_images(), pl_module.student.grid_size)
+        with whole((self.target.folder / MADE_WITH).parent) as part:
+            part.mkdir()
+            if state := {key: value.cpu().contiguous() for key, value in teacher.state_dict().items()}:
+                save_file(state, part / FITTED.name)  # such as a codebook
+            (part / MADE_WITH.name).write_text(json.dumps(made_with, indent=1) + "\n")
+
+    def fix(self, trainer: pl.Trainer) -> None:
+        """From now on the training's sampler shows the fixed views."""
+        self.sampler = sampler_of(trainer)
+        self.sampler.views = self.target.views, self.target.view_seed
+
+    def write(self, trainer: pl.Trainer, pl_module: Any, view: int, numbers: list[int]) -> None:
+        """These files of a view."""
+        indices = [index for number in numbers for index in self.files.indices(number)]
+        waiting: list[tuple[Tensor, Tensor]] = []  # (targets, quarters) of images that are in no file yet
+        silent = not trainer.is_global_zero or trainer.progress_bar_callback is None or not indices
+        with tqdm(total=len(indices), unit="image", desc=f"cache: view {view}", disable=silent) as bar:
+            for images in self.images(trainer, pl_module, view, indices):
+                waiting.append((self.looked(trainer, pl_module, images).cpu(), quarter_colors(images).cpu()))
+                while numbers and sum(len(some) for some, _ in waiting) >= (rows := len(self.files.indices(numbers[0]))):
+                    targets, quarters = map(torch.cat, zip(*waiting, strict=True))
+                    self.files.write(view, numbers.pop(0), targets[:rows], quarters[:rows])
+                    waiting = [(targets[rows:].clone(), quarters[rows:].clone())]
+                    bar.update(rows)
+
+    def images(self, trainer: pl.Trainer, pl_module: Any, view: int, indices: list[int]) -> Iterator[Tensor]:
+        """Batches of these images as training would see them in a view; the last is filled up with its last image."""
+        loader: Any = trainer.train_dataloader
+        places: list[Place] = [(View(self.target.view_seed, view), index) for index in indices]
+        if places:
+            with loader.sampler.choose(places + places[-1:] * (-len(places) % loader.batch_size)):
+                yield from pl_module.training_images()
+
+    @torch.no_grad()
+    def looked(self, trainer: pl.Trainer, pl_module: Any, images: Tensor) -> Tensor:
+        """What the teacher says of [b 3 H W], as stored."""
+        with trainer.precision_plugin.forward_context():
+            return stored(self.target.teacher(images, pl_module.student.grid_size), self.target.dim)
+
+    def check(self, trainer: pl.Trainer, pl_module: Any, missing: list[list[int]]) -> None:
+        """Looks that images and teacher are those of what is there already, by some images of the first view that has any.
+
+        Raises:
+            ValueError: they are not.
+        """
+        present = [sorted(set(range(self.files.count)) - set(numbers)) for numbers in missing]
+        view = next((view for view, numbers in enumerate(present) if numbers), 0)
+        candidates = [index for number in present[view] for index in self.files.indices(number)]
+        loader: Any = trainer.train_dataloader
+        count = min(CHECKED, len(candidates), loader.batch_size)
+        if not count:
+            return
+        indices = [candidates[len(candidates) * i // count] for i in range(count)]
+        known, quarters = self.files.read(view, indices)
+        (images,) = self.images(trainer, pl_module, view, indices)
+        self.check_pixels((quarter_colors(images[:count]).cpu() - quarters).abs().max())
+        said = self.looked(trainer, pl_module, images[:count]).cpu()
+        if known.is_floating_point():
+            said, known = (target.float().nan_to_num(0, 0, 0) for target in (said, known))  # some may be wrong in both
+            difference, most = float((said - known).norm() / known.norm().clamp_min(1e-9)), SAME_TEACHER
+        else:
+            difference, most = float((said != known).float().mean()), SAME_TOKENS
+        if not difference <= most:
+            raise ValueError(
+                f"{self.target.folder} was made with another teacher: what {type(self.target.teacher).__name__} says of the "
+                f"same images differs by {difference:.2f} (of 1) from what is stored; give another folder (--cache)"
+            )
+
+    def check_pixels(self, farthest: Tensor) -> None:
+        """
+        Raises:
+            ValueError: mean colours of images differ by more than two decoders' would.
+        """
+        if not farthest <= SAME_PIXELS:
+            raise ValueError(
+                f"{self.target.folder} was made with other images than this run sees (colours differ by {float(farthest):.3f} "
+                f"of 1): give the data and augmentation that it was made with, or another folder (--cache)"
+            )
+
+    # Each step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
+        self.share: tuple[int, Tensor] | None = None
+        self.farthest = torch.zeros((), device=pl_module.device)
+        self.looked_at_pixels = False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Lightning may have made another loader (`reload_dataloaders_every_n_epochs`), and begins to read behind this."""
+        self.fix(trainer)
+        for network in self.target.teacher.networks():  # which no step asks
+            network.cpu()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        """Hands the targets of the step's images to the teacher; those of the next are read meanwhile.
+
+        Raises:
+            ValueError: a file is damaged, or the images are others than those of the first view.
+        """
+        epoch = trainer.current_epoch
+        now = self.ahead.pop((epoch, batch_idx), None) or self.request(pl_module, epoch, batch_idx)
+        self.ahead = {(epoch, batch_idx + 1): self.request(pl_module, epoch, batch_idx + 1)}
+        target, quarters = (part.to(batch.device, non_blocking=True) for part in now.result())
+        self.farthest = torch.maximum(self.farthest, (quarter_colors(batch) - quarters).abs().max())
+        if not self.looked_at_pixels:
+            self.looked_at_pixels = True
+            self.check_pixels(self.farthest)
+        self.target.of_step = batch, target.float() if target.is_floating_point() else target.long()
+
+    def request(self, pl_module: Any, epoch: int, batch_idx: int) -> Future[tuple[Tensor, Tensor]]:
+        """What the reader has to read for a batch of this epoch; nothing behind its end."""
+        if self.share is None or self.share[0] != epoch:
+            self.share = epoch, sampler_of(pl_module.trainer).share()
+        size = pl_module.trainer.train_dataloader.batch_size
+        indices = self.share[1][batch_idx * size : (batch_idx + 1) * size].tolist()
+        pinned = pl_module.device.type == "cuda"
+        return self.reader.submit(self.files.read, epoch % self.target.views, indices, pinned)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.target.of_step = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """
+        Raises:
+            ValueError: some images of the epoch were others than those that were stored.
+        """
+        self.check_pixels(self.farthest)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Leaves teacher and data as they were found."""
+        self.reader.shutdown()
+        self.target.of_step = None
+        if self.sampler:
+            self.sampler.views = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+def sampler_of(trainer: pl.Trainer) -> ResumableSampler:
+    """By which an image's place in an epoch is known.
+
+    Raises:
+        ValueError: the training's data is read another way; and as `check_loader`.
+    """
+    loader: Any = trainer.train_dataloader
+    if not is_resumable(trainer):
+        raise ValueError(
+            f"a cache finds the targets of an image by its place in a ResumableSampler, but the data is read through a "
+            f"{type(getattr(loader, 'sampler', loader)).__name__}: DataLoader(SeededSamples(dataset), batch_size, "
+            f"sampler=ResumableSampler(dataset), drop_last=True)"
+        )
+    check_loader(trainer)
+    sampler: ResumableSampler = loader.sampler
+    return sampler
+
+
+def stored(target: Tensor, dim: int) -> Tensor:
+    """Features in bfloat16, tokens in the smaller integers that hold them."""
+    if target.is_floating_point():
+        return target.to(torch.bfloat16)
+    return target.to(torch.int16 if dim <= 2**15 else torch.int32)
+
+
+def quarter_colors(images: Tensor) -> Tensor:
+    """[b 3 H W] -> the mean colours of the quarters, float32 [b 3 2 2], which differ between views, mirrored ones too."""
+    return F.adaptive_avg_pool2d(images.float(), 2)
+
+
+def described(teacher: TargetGenerator) -> dict[str, Any]:
+    """By what one teacher is told from another: the classes of its parts, their plain settings, and a digest of all tensors."""
+    found: dict[str, Any] = {}
+    tensors = hashlib.blake2b(digest_size=16)
+    for path, part in teacher.named_modules(prefix="teacher"):
+        if isinstance(part, TargetGenerator):
+            found[path] = f"{type(part).__module__}.{type(part).__qualname__}"
+            plain = {key: value for key, value in vars(part).items() if key[0] != "_" and is_plain(value)}
+            found |= {f"{path}.{key}": value for key, value in plain.items() if key != "training"}
+    for module in (teacher, *teacher.networks()):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            tensors.update(content_of(tensor.cpu()))
+    return {**found, "teacher.weights": tensors.hexdigest()}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a string, None, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def check_same(folder: Path, made_with: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the cache in the folder was made with something else, of which the first is named; or what it was made with
+            cannot be read.
+    """
+    file = folder / MADE_WITH
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged or missing ({error}): let all nodes share the folder of the cache, or give another (--cache)"
+        ) from error
+    ours = json.loads(json.dumps(made_with))
+    for key in (*ours, *found):
+        if found.get(key) != ours.get(key):
+            raise ValueError(
+                f"{folder} was made with {key} {found.get(key)}, this run has {ours.get(key)}: give another folder (--cache), "
+                f"or the teacher, grid, data and view seed that it was made with"
+            )
