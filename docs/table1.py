@@ -1,4 +1,7 @@
-"""Table 1 of the README: one row a recipe of conf/pretrain, one column a letter. `make table` writes it from the yamls."""
+"""Table 1 of README and docs/unified_view.md: one row a recipe of conf/pretrain, one column a letter.
+
+`make table` writes it from the yamls.
+"""
 
 import inspect
 import re
@@ -19,11 +22,13 @@ SAID = {
     "loss": ["beta", "weight", "temperature"],
 }
 """The arguments that tell one recipe from another, for each letter."""
+OURS = ("demo_", "photos")
+"""How recipes begin that are of no paper."""
 
 
 def recipes() -> list[Path]:
-    """MaskDistill first, then the others by name; the demo's rows are no rows of the paper."""
-    paths = [path for path in (ROOT / "conf" / "pretrain").glob("*.yaml") if not path.stem.startswith("demo_")]
+    """MaskDistill first, then the others by name, without `OURS`."""
+    paths = [path for path in (ROOT / "conf" / "pretrain").glob("*.yaml") if not path.stem.startswith(OURS)]
     return sorted(paths, key=lambda path: (not path.stem.startswith("maskdistill"), path.stem))
 
 
@@ -64,7 +69,15 @@ def readme_with_table(text: str) -> str:
     return re.sub(f"{START}.*?{END}", lambda _: START + table() + END, text, flags=re.S)
 
 
+def page_with_table(text: str) -> str:
+    """The text of docs/unified_view.md with the table between its marks, its links from there."""
+    rows = re.sub(r"\]\((?!http)", "](../", table())
+    return re.sub(f"{START}.*?{END}", lambda _: START + rows + END, text, flags=re.S)
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(readme_with_table(readme.read_text()))
+    page = ROOT / "docs" / "unified_view.md"
+    page.write_text(page_with_table(page.read_text()))
     print(f"Table 1: {len(recipes())} recipes")
