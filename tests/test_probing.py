@@ -161,7 +161,7 @@ def test_memory_beyond_the_bank_is_bounded(n: int, bank: int, width: int, k: int
 
 def knn_of_process(rank: int, processes: int, folder: str) -> None:
     """k-NN as each of several processes does it: its own shard through the backbone, then the gathered bank."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # also of the one that is alone, so that sums are taken in one order
     if processes > 1:
         distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     backbone = create_backbone(TINY["vit"][0], {**TINY["vit"][1], "num_classes": 0, "global_pool": ""})
@@ -190,8 +190,8 @@ def test_two_processes_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(tiny_backbone().state_dict(), tmp_path / "backbone.pt")
     torch.save((torch.rand(37, 3, 32, 32), torch.arange(37) % 5), tmp_path / "bank.pt")
     torch.save((torch.rand(21, 3, 32, 32), torch.arange(21)), tmp_path / "queries.pt")
-    torch.multiprocessing.spawn(knn_of_process, (2, str(tmp_path)), nprocs=2)
-    knn_of_process(0, 1, str(tmp_path))
+    for processes in (2, 1):
+        torch.multiprocessing.spawn(knn_of_process, (processes, str(tmp_path)), nprocs=processes)
     alone = torch.load(tmp_path / "0_of_1.pt")
     assert torch.equal(alone[2], torch.arange(21))
     for rank in (0, 1):
