@@ -14,6 +14,7 @@ FLOORS = {
     "backbones": 0,
     "selection": 0,
     "pictures": 0,
+    "processor": 0,
     "interfaces": 1,
     "randomness": 1,
     "saving": 1,

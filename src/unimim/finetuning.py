@@ -17,6 +17,7 @@ from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.launching import check_processes, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
+from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.waiting import log_loss
@@ -166,7 +167,8 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """(images [b 3 H W] in [0, 1], labels [b]) -> the loss."""
         images, labels = self.augment(*batch)
-        loss: Tensor = self.loss(self.backbone(images), labels)
+        with sparing(self):
+            loss: Tensor = self.loss(self.backbone(images), labels)
         log_loss(self, loss)
         return loss
 

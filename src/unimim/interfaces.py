@@ -282,6 +282,9 @@ class Head(nn.Module, ABC):
         target: gives c, the channels of the target.
     """
 
+    last_block: LastBlock | None = None
+    """Of a decoder, where that can leave out patches whose prediction no one looks at."""
+
     @abstractmethod
     def __init__(self, student: Student, target: TargetGenerator) -> None:
         super().__init__()

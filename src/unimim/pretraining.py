@@ -20,6 +20,7 @@ from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
 from unimim.optim import fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
+from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.selection import LastBlock, counted, inverse, only, pick
 from unimim.sharding import blocks, broadcast_parameters, shard
@@ -132,7 +133,7 @@ class MaskedImageModeling(pl.LightningModule):
         """[b 3 H W] with pixels in [0, 1] -> the loss."""
         mask = self.masking(images, self.student.grid_size)  # M  [b h w]
         selected = self.select(mask)
-        with only(selected, self.last_blocks):  # the other patches are not computed to the end where no one looks at them
+        with sparing(self), only(selected, self.last_blocks):  # what no one looks at is not computed to the end
             with torch.no_grad():
                 target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
             prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
@@ -220,28 +221,36 @@ class MaskedImageModeling(pl.LightningModule):
         self.train()
 
     def leaving_out(self, images: Tensor, mask: Tensor, selected: Tensor) -> list[LastBlock]:
-        """The last blocks of student and teacher that need not finish the patches that do not count.
+        """The last blocks of student, head and teacher that need not finish the patches that do not count.
 
         It is tried: with NaN at these, prediction and target of the others must be finite, also in the step after. A decoder
         looks at all tokens, an instance norm at all targets, and a running mean remembers them. A user's own part need not say.
         """
         head, normalization = copy.deepcopy(self.head).train(), copy.deepcopy(self.normalization).train()
-        trials: tuple[tuple[LastBlock | None, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
-            (self.student.last_block, lambda: self.student(images, mask), lambda tokens: head(tokens, mask, selected)),
+        grid_size = self.student.grid_size
+        trials: tuple[tuple[Student | Head | TargetGenerator, Any, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
             (
-                self.teacher.last_block,
-                lambda: self.teacher(images, self.student.grid_size),
+                self.student,
+                self.student,
+                lambda: self.student(images, mask),
+                lambda tokens: head(tokens, mask, selected),
+            ),
+            (self.head, head, lambda: head(self.student(images, mask), mask, selected), lambda prediction: prediction),
+            (
+                self.teacher,
+                self.teacher,
+                lambda: self.teacher(images, grid_size),
                 lambda target: normalization(target)[selected],
             ),
         )
         found = []
-        for block, run, look in trials:
-            if block is None or (self.checkpointing and block is self.student.last_block):
+        for part, tried, run, look in trials:
+            if part.last_block is None or (self.checkpointing and part is self.student):
                 continue  # computed again in the backward pass, it would no longer know what it was told
-            with only(selected, [block], unfinished=torch.nan):
+            with only(selected, [tried.last_block], unfinished=torch.nan):
                 output = run()
             if all(look(output).isfinite().all() for _ in range(2)):
-                found.append(block)
+                found.append(part.last_block)
         return found
 
     def check_loss(self, prediction: Tensor, target: Tensor) -> None:
@@ -284,7 +293,7 @@ class MaskedImageModeling(pl.LightningModule):
         if stage == "fit" and (on_gpu if self.compiled is None else self.compiled):
             self.compile_blocks()
         if isinstance(strategy, FSDPStrategy):  # which has activation checkpointing of its own, see `leaving_out`
-            self.last_blocks = [block for block in self.last_blocks if block is not self.student.last_block]
+            self.last_blocks = [block for block in self.last_blocks if block is self.teacher.last_block]
 
     def compile_blocks(self, **options: Any) -> None:
         """Each block of student, head, teacher and its networks, with these `options` of torch.compile; once.

@@ -23,6 +23,7 @@ from unimim.interfaces import IGNORED, Grid
 from unimim.launching import check_processes, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
+from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
@@ -189,7 +190,8 @@ class UperNetSegmentation(pl.LightningModule):
             ValueError: the images are not of the size that the backbone was built for.
         """
         images, labels = batch
-        levels = self.pyramid(self.normalize(images))
+        with sparing(self):
+            levels = self.pyramid(self.normalize(images))
         loss = self.loss(self.head(levels), labels)
         if self.auxiliary_head is not None:
             loss = loss + self.auxiliary_weight * self.loss(self.auxiliary_head(levels[AUXILIARY_LEVEL]), labels)
