@@ -121,8 +121,9 @@ def how(tensor: Tensor) -> Made | None:
 
 
 def remember(tensor: Tensor, by: Callable[..., Tensor], of: tuple[Tensor, ...]) -> None:
-    """For `how`."""
-    vars(tensor)["made"] = Made(by, of, tensor._version)
+    """For `how`, where a gradient is wanted."""
+    if tensor.requires_grad:
+        vars(tensor)["made"] = Made(by, of, tensor._version)
 
 
 def viewed(view: Any, by: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:

@@ -1,0 +1,376 @@
+"""On a CPU a step keeps less and multiplies otherwise, with the gradients of torch's own layers."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import TINY, tiny_model, tiny_student
+from timm.layers import LayerScale, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unimim import DecoderHead, PixelTarget, processor
+from unimim.processor import Linear, Sparing, attention, sparing
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow layers count as wide."""
+    monkeypatch.setattr(processor, "WIDE", 1)
+
+
+def noisy(module: nn.Module) -> nn.Module:
+    """Every parameter drawn: what is initialized to 0 or 1 hides mistakes."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Value and gradients of a run within `Sparing`, and of the same run without."""
+    results = []
+    for within in (True, False):
+        torch.manual_seed(1)
+        for leaf in leaves:
+            leaf.grad = None
+        if within:
+            with Sparing():
+                value = run()
+        else:
+            value = run()
+        (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum().backward()
+        results.append([value.detach(), *(None if leaf.grad is None else leaf.grad.clone() for leaf in leaves)])
+    return results[0], results[1]
+
+
+def check(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    """Both ways agree, also on who has no gradient."""
+    found, wanted = both(run, leaves)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6 * max(1.0, float(theirs.abs().max())))
+
+
+def kept(run: Callable[[], Tensor], apart_from: list[Tensor]) -> int:
+    """Bytes that the backward pass of a run keeps, without those of these tensors."""
+    found, known = {}, {tensor.untyped_storage().data_ptr() for tensor in apart_from}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+        size = sum(count for place, count in found.items() if place not in known)
+    del result
+    return size
+
+
+NETWORKS = {
+    **{kind: TINY[kind] for kind in ("vit", "beit_shared_bias", "beit_bias_per_block", "eva_rotary", "swin")},
+    "vit_with_layer_scale": ("vit_tiny_patch16_224", {**TINY["vit"][1], "init_values": 0.1}),
+    "clip": ("vit_base_patch16_clip_quickgelu_224.openai", TINY["vit"][1]),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_of_timm_have_the_same_values_and_gradients(kind: str) -> None:
+    """With drop path, whose draws are not moved."""
+    name, model_args = NETWORKS[kind]
+    network = noisy(timm.create_model(name, drop_path_rate=0.3, num_classes=5, **model_args)).train()
+    images = torch.rand(3, 3, 32, 32, requires_grad=True)
+    check(lambda: network(images), [images, *network.parameters()])
+
+
+@pytest.mark.parametrize(
+    "of", [nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False), nn.GELU(), nn.GELU("tanh"), nn.SiLU()]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_behind_what_is_cheap(of: nn.Module, bias: bool) -> None:
+    first, second = noisy(nn.Linear(4, 6)), noisy(nn.Linear(6, 5, bias=bias))
+    noisy(of)
+    x = torch.randn(2, 3, 7, 4, requires_grad=True)
+    check(lambda: second(of(first(x))), [x, *first.parameters(), *of.parameters(), *second.parameters()])
+    frozen = noisy(nn.Linear(6, 5)).requires_grad_(False)
+    check(lambda: frozen(of(first(x))), [x, *first.parameters(), *frozen.parameters()])
+
+
+@pytest.mark.parametrize("learns", ["all", "scale", "weight", "bias", "input", "all but scale"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_scale_behind_a_linear_layer(bias: bool, learns: str) -> None:
+    """Of each of them alone too."""
+    layer, scale = noisy(nn.Linear(4, 6, bias=bias)), noisy(LayerScale(6))
+    x = torch.randn(2, 3, 4)
+    parts = {"scale": scale.gamma, "weight": layer.weight, "bias": layer.bias, "input": x}
+    for name, part in parts.items():
+        if part is not None:
+            part.requires_grad_((name == learns or learns.startswith("all")) and learns != f"all but {name}")
+    leaves = [part for part in parts.values() if part is not None]
+    if any(leaf.requires_grad for leaf in leaves):
+        check(lambda: scale(layer(x)), leaves)
+        check(lambda: scale.gamma * layer(x), leaves)
+
+
+def test_what_someone_else_uses_too() -> None:
+    """A layer norm behind which two layers are, a linear layer's result beside its scaled one, and weights that are shared."""
+    norm, first, second, scale = noisy(nn.LayerNorm(4)), noisy(nn.Linear(4, 4)), noisy(nn.Linear(4, 4)), noisy(LayerScale(4))
+    x = torch.randn(3, 4, requires_grad=True)
+    leaves = [x, *norm.parameters(), *first.parameters(), *second.parameters(), scale.gamma]
+
+    def run() -> Tensor:
+        normed = norm(x)
+        one, two = first(normed), second(normed)
+        again = first(scale(two))
+        return normed + one.sin() + scale(again) * again + two
+
+    check(run, leaves)
+
+
+@pytest.mark.parametrize("change", ["norm", "activation", "linear"])
+def test_what_was_changed_in_place_is_not_made_again(change: str) -> None:
+    norm, layer, scale = nn.LayerNorm(4), noisy(nn.Linear(4, 4)), noisy(LayerScale(4))
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def run() -> Tensor:
+        tokens = norm(x) if change == "norm" else F.gelu(x * 1.5)
+        if change != "linear":
+            tokens = tokens.mul_(3)
+        result = layer(tokens)
+        return scale(result.add_(1) if change == "linear" else result)
+
+    check(run, [x, *norm.parameters(), *layer.parameters(), scale.gamma])
+
+
+def test_hooks_see_what_they_saw() -> None:
+    """Those of modules, forward and backward, and of tensors; a gradient that is kept is there."""
+    scale, mlp = noisy(LayerScale(4)), noisy(Mlp(4, 8))
+    x = torch.randn(3, 4, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def run(what: str) -> Tensor:
+        handles = []
+        if what == "backward":
+            for module in (mlp.fc1, mlp.fc2, mlp.act):
+                handles.append(
+                    module.register_full_backward_hook(lambda module, of_input, of_output: seen.append(of_output[0]))
+                )
+        elif what == "forward":
+            handles.append(mlp.act.register_forward_hook(lambda module, inputs, output: output * 2))
+        result = mlp(x)
+        if what == "tensor":
+            result.register_hook(lambda gradient: seen.append(gradient))
+        elif what == "kept":
+            result.retain_grad()
+        scaled = scale(result)
+        if what == "kept":
+            scaled.sum().backward()
+            assert result.grad is not None
+            seen.append(result.grad)
+            scaled = scale(mlp(x))
+        for handle in handles if what == "forward" else []:
+            handle.remove()
+        return scaled
+
+    for what, times in (("backward", 3), ("forward", 0), ("tensor", 1), ("kept", 1)):
+        found: list[list[Tensor]] = []
+        for within in (True, False):
+            seen.clear()
+            if within:
+                with Sparing():
+                    value = run(what)
+            else:
+                value = run(what)
+            value.sum().backward()
+            found.append([value.detach(), *(gradient.clone() for gradient in seen)])
+            for module in mlp.modules():
+                module._backward_hooks.clear()
+        assert len(found[0]) == times + 1
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+BIAS = {
+    "one for all images": ((1, 2, 5, 5), {}),
+    "without an axis for images": ((2, 5, 5), {}),
+    "one an image": ((3, 2, 5, 5), {}),
+    "one for all heads": ((1, 1, 5, 5), {}),
+    "with another scale": ((1, 2, 5, 5), {"scale": 0.3}),
+    "scale 0": ((1, 2, 5, 5), {"scale": 0.0}),
+}
+
+
+@pytest.mark.parametrize("piece", [1, 2**20])
+@pytest.mark.parametrize("kind", BIAS)
+def test_attention_with_a_bias_that_learns(kind: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of one image, and at once."""
+    monkeypatch.setattr(processor, "PIECE", piece)
+    shape, options = BIAS[kind]
+    qkv = torch.randn(3, 5, 3, 2, 4, requires_grad=True)
+    bias = torch.randn(shape, requires_grad=True)
+    layer = noisy(nn.Linear(8, 6))
+
+    def run() -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+        return layer(found.transpose(1, 2).reshape(3, 5, 8))
+
+    check(run, [qkv, bias, *layer.parameters()])
+
+
+def test_attention_of_other_keys_and_what_is_left_to_torch() -> None:
+    query, key, value = (torch.randn(2, 2, n, 4, requires_grad=True) for n in (3, 5, 5))
+    bias = torch.randn(1, 2, 3, 5, requires_grad=True)
+    check(lambda: F.scaled_dot_product_attention(query, key, value, bias), [query, key, value, bias])
+    check(lambda: F.scaled_dot_product_attention(query, key, value, bias.detach()), [query, key, value])
+    check(lambda: F.scaled_dot_product_attention(query, key, value), [query, key, value])
+    assert attention(query, key, value, bias, dropout_p=0.5) is None
+    assert attention(query, key, value, bias.double()) is None
+    with torch.no_grad():
+        assert attention(query, key, value, bias) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "numbers"),
+    [
+        ("norm", 0),  # beside what the layer norm keeps itself
+        ("gelu", 0),
+        ("scale", 24 * 4),  # the input of the linear layer, not its result
+    ],
+)
+def test_what_is_not_kept(run: str, numbers: int) -> None:
+    """Beside the tensors that are there anyway."""
+    norm, layer, scale = noisy(nn.LayerNorm(4)), noisy(nn.Linear(4, 4)), noisy(LayerScale(4))
+    x = torch.randn(24, 4, requires_grad=True)
+    parameters = [*norm.parameters(), *layer.parameters(), scale.gamma]
+    runs = {
+        "norm": lambda: layer(norm(x)),
+        "gelu": lambda: layer(F.gelu(x)),
+        "scale": lambda: scale(layer(x.sin())),
+    }
+    without = kept(runs[run], [x, *parameters])
+    with Sparing():
+        within = kept(runs[run], [x, *parameters])
+    statistics = 2 * 24 if run == "norm" else 0  # mean and spread of each row
+    assert within == 4 * (numbers + statistics)
+    assert without == within + 4 * 24 * 4
+
+
+def test_no_map_of_attention_is_kept() -> None:
+    qkv = torch.randn(3, 4, 2, 50, 8, requires_grad=True)
+    bias = torch.randn(1, 2, 50, 50, requires_grad=True)
+
+    def run() -> Tensor:
+        return F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
+
+    with Sparing():
+        assert kept(run, [qkv, bias]) == 0
+    assert kept(run, [qkv, bias]) >= 4 * 4 * 2 * 50 * 50
+
+
+def test_after_the_backward_pass_nothing_is_held() -> None:
+    """Not by a loss that is still there, as it is while the optimizer makes its step."""
+    name, model_args = TINY["beit_shared_bias"]
+    network = noisy(timm.create_model(name, **model_args)).train()
+    born: list[weakref.ref[Any]] = []
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.GELU)):
+            module.register_forward_hook(lambda module, inputs, output: born.append(weakref.ref(output.untyped_storage())))
+    with Sparing() as mode:
+        loss = network(torch.rand(2, 3, 32, 32)).sum()
+    loss.backward()
+    assert mode.latest is None
+    gc.collect()
+    assert len(born) > 8
+    assert [ref() for ref in born] == [None for _ in born]
+
+
+def test_only_float32_on_a_cpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Double precision, autocast and a frozen or narrow layer are torch's own."""
+    called: list[object] = []
+
+    def applied(*arguments: object) -> Tensor:
+        called.append(arguments)
+        return torch.zeros(3, 6)
+
+    monkeypatch.setattr(Linear, "apply", applied)
+    layer, x = nn.Linear(4, 6), torch.randn(3, 4)
+    with Sparing():
+        assert layer.double()(x.double()).dtype == torch.float64
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        assert layer(x[:0]).shape == (0, 6)
+        monkeypatch.setattr(processor, "WIDE", 25)
+        assert layer(x).grad_fn is not None
+        assert called == []
+        monkeypatch.setattr(processor, "WIDE", 24)
+        assert not layer(x).any()
+    assert len(called) == 1
+
+
+class Task(nn.Module):
+    """As far as `sparing` looks at one."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+def test_who_goes_without() -> None:
+    """What is compiled or computed again, and another device."""
+    network = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1])
+    task: Any = Task(network)
+    assert isinstance(sparing(task), Sparing)
+    network.set_grad_checkpointing()
+    assert not isinstance(sparing(task), Sparing)
+    network.set_grad_checkpointing(False)
+    task.device = torch.device("meta")
+    assert not isinstance(sparing(task), Sparing)
+    task.device = torch.device("cpu")
+    network.blocks[0].compile()
+    assert not isinstance(sparing(task), Sparing)
+
+
+def test_a_user_who_computes_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.utils.checkpoint outside of timm: torch's own error, not another gradient."""
+    norm, layer, x = noisy(nn.LayerNorm(4)), noisy(nn.Linear(4, 4)), torch.randn(3, 4, requires_grad=True)
+    with Sparing():
+        value = checkpoint(lambda tokens: layer(norm(tokens)), x, use_reentrant=False)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["beit_shared_bias", "visible_vit"])
+def test_a_step_is_the_step_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole training step of a task, its last blocks leaving patches out; and it does keep less."""
+    changes: dict[str, Any] = {"student": tiny_student(kind)}
+    if kind == "visible_vit":
+        changes |= {"head": partial(DecoderHead, width=8, depth=2, num_heads=2), "teacher": PixelTarget(8)}
+    model = tiny_model(**changes)
+    images, parameters = torch.rand(3, 3, 32, 32), [p for p in model.parameters() if p.requires_grad]
+    sizes, gradients = [], []
+    for replaced in (sparing, lambda task: nullcontext()):
+        monkeypatch.setattr("unimim.pretraining.sparing", replaced)
+        model.zero_grad()
+        torch.manual_seed(1)
+        sizes.append(kept(lambda: model.training_step(images, 0), parameters))
+        torch.manual_seed(1)
+        loss = model.training_step(images, 0)
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in parameters)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert sizes[0] < 0.8 * sizes[1]
