@@ -6,6 +6,8 @@ DEBIAN := data/debian
 FASHION := data/FashionMNIST/raw/t10k-labels-idx1-ubyte
 # On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
 CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+# Torch's threads slow each other several times where two processes share two cores.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: help install data demo demo-readme demo-tune scenes scenes-readme scenes-tune sweep sweep-docs table recipes docs docs-serve rows test test-fast lint types format notebooks bench bench-docs clean
 
@@ -74,11 +76,11 @@ rows: install  ## two steps of every recipe at full size, one after the other (1
 	@for file in conf/pretrain/*.yaml; do echo "== $$file"; $(CPU_MEMORY) $(BIN)/unimim pretrain fit --config "$$file" \
 	  --config conf/debug.yaml --trainer.enable_progress_bar=false || exit 1; done
 
-test: install  ## all tests
-	$(CPU_MEMORY) $(BIN)/python -m pytest
+test: install  ## all tests, in two processes of one thread
+	$(CPU_MEMORY) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: install  ## the tests without the slow ones
-	$(CPU_MEMORY) $(BIN)/python -m pytest -m 'not slow'
+	$(CPU_MEMORY) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: install  ## ruff: style and format
 	$(BIN)/ruff check .

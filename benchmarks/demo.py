@@ -97,7 +97,7 @@ def fingerprint(row: str) -> str:
 def pretrain(row: str, seed: int, checkpoint: Path, *overrides: str) -> float:
     """`unimim pretrain fit` with the row's yaml; writes the checkpoint and returns the seconds it took."""
     words = ["fit", "--config", str(config_of(row)), "--seed_everything", str(seed), *overrides]
-    words += ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    words += ["--pictures", "false", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
     if row not in TARGETS:
         words += ["--trainer.max_epochs", "0"]
     start = time.perf_counter()

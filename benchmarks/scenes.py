@@ -86,7 +86,8 @@ def encoder(seed: int) -> dict[str, Any]:
 
     def make(checkpoint: Path) -> dict[str, Any]:
         start = time.perf_counter()
-        trainer = commands.pretrain(["fit", "--config", str(PRETRAINING), "--seed_everything", str(seed), *ALONE]).trainer
+        words = ["fit", "--config", str(PRETRAINING), "--seed_everything", str(seed), "--pictures", "false", *ALONE]
+        trainer = commands.pretrain(words).trainer
         seconds = round(time.perf_counter() - start, 1)
         trainer.save_checkpoint(checkpoint)
         return {"checkpoint": str(checkpoint), "seed": seed, "seconds": seconds}
