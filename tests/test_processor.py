@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unimim import DecoderHead, PixelTarget, processor
-from unimim.processor import Linear, Sparing, attention, sparing
+from unimim.processor import Linear, Sparing, sparing
 
 
 @pytest.fixture(autouse=True)
@@ -135,19 +135,77 @@ def test_what_someone_else_uses_too() -> None:
     check(run, leaves)
 
 
-@pytest.mark.parametrize("change", ["norm", "activation", "linear"])
+@pytest.mark.parametrize("change", ["norm", "activation", "linear", "a part"])
 def test_what_was_changed_in_place_is_not_made_again(change: str) -> None:
+    """It may be changed, as torch allows, and counts as changed."""
     norm, layer, scale = nn.LayerNorm(4), noisy(nn.Linear(4, 4)), noisy(LayerScale(4))
-    x = torch.randn(3, 4, requires_grad=True)
+    x = torch.randn(2, 3, 4, requires_grad=True)
 
     def run() -> Tensor:
         tokens = norm(x) if change == "norm" else F.gelu(x * 1.5)
-        if change != "linear":
+        if change in ("norm", "activation"):
             tokens = tokens.mul_(3)
         result = layer(tokens)
-        return scale(result.add_(1) if change == "linear" else result)
+        if change == "linear":
+            result += 1
+        elif change == "a part":
+            result[..., :2].mul_(2)
+        return scale(result)
 
     check(run, [x, *norm.parameters(), *layer.parameters(), scale.gamma])
+
+
+def test_in_place_layers_of_networks() -> None:
+    layers = [nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 4), LayerScale(4, inplace=True), nn.Linear(4, 4)]
+    network = noisy(nn.Sequential(*layers, nn.Dropout(0.5, inplace=True)))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    check(lambda: network(x), [x, *network.parameters()])
+    qkv = torch.randn(3, 2, 2, 5, 4, requires_grad=True)
+    bias = torch.randn(1, 2, 5, 5, requires_grad=True)
+    check(lambda: F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias).mul_(2), [qkv, bias])
+
+
+def test_a_scale_of_a_layer_whose_input_has_changed_since() -> None:
+    """Frozen, torch allows it: the scale's gradient is of what the layer gave. Else both refuse."""
+    layer, scale = noisy(nn.Linear(4, 4)), nn.Parameter(torch.randn(4))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+
+    def run() -> Tensor:
+        tokens = x * 1
+        given = layer(tokens)
+        tokens += 1
+        return tokens + scale * given
+
+    layer.requires_grad_(False)
+    check(run, [x, scale])
+    layer.requires_grad_(True)
+    for within in (Sparing(), nullcontext()):
+        with within:
+            result = run()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
+
+
+def test_biases_that_torch_spreads_and_products_by_name() -> None:
+    weight, x = torch.randn(5, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    for shape in ((), (1,), (1, 5), (3, 5), (2, 3, 5)):
+        bias = torch.randn(shape, requires_grad=True)
+        check(lambda bias=bias: F.linear(x, weight, bias), [x, weight, bias])  # type: ignore[misc]
+    check(lambda: F.linear(x, weight[0]), [x, weight])
+    scale = nn.Parameter(torch.randn(5))
+    check(lambda: F.linear(x, weight).mul(other=scale), [x, weight, scale])
+
+
+def test_a_bias_may_change_before_the_backward_pass() -> None:
+    """As torch has it: its gradient does not depend on it."""
+    layer, x = noisy(nn.Linear(4, 4)), torch.randn(3, 4)
+    with Sparing():
+        result = layer(x)
+    with torch.no_grad():
+        layer.bias += 1
+        layer.weight += 1  # x needs no gradient
+    result.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 4))
 
 
 def test_hooks_see_what_they_saw() -> None:
@@ -232,10 +290,19 @@ def test_attention_of_other_keys_and_what_is_left_to_torch() -> None:
     check(lambda: F.scaled_dot_product_attention(query, key, value, bias), [query, key, value, bias])
     check(lambda: F.scaled_dot_product_attention(query, key, value, bias.detach()), [query, key, value])
     check(lambda: F.scaled_dot_product_attention(query, key, value), [query, key, value])
-    assert attention(query, key, value, bias, dropout_p=0.5) is None
-    assert attention(query, key, value, bias.double()) is None
+    one, few = query[:1], torch.randn(1, 2, 3, 5, requires_grad=True)  # one image asks all
+    check(lambda: F.scaled_dot_product_attention(one, key, value, few), [query, key, value, few])
+    hidden = torch.zeros(3, 5)
+    hidden[1], hidden[2, :3] = -torch.inf, -torch.inf
+    check(lambda: F.scaled_dot_product_attention(query, key, value, bias + hidden), [query, key, value, bias])
+    check(lambda: F.scaled_dot_product_attention(query[0, 0], key[0, 0], value[0, 0], bias[0, 0]), [query, key, value, bias])
+    mode = Sparing()
+    assert mode.attention(query, key, value, bias) is not None
+    assert mode.attention(query, key, value, bias, dropout_p=0.5) is None
+    assert mode.attention(query, key, value, bias.double()) is None
+    assert mode.attention(query[:, :, :0], key, value, bias[:, :, :0]) is None
     with torch.no_grad():
-        assert attention(query, key, value, bias) is None
+        assert mode.attention(query, key, value, bias) is None
 
 
 @pytest.mark.parametrize(
@@ -329,7 +396,7 @@ class Task(nn.Module):
         self.network = network
 
 
-def test_who_goes_without() -> None:
+def test_who_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled or computed again, and another device."""
     network = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1])
     task: Any = Task(network)
@@ -340,17 +407,23 @@ def test_who_goes_without() -> None:
     task.device = torch.device("meta")
     assert not isinstance(sparing(task), Sparing)
     task.device = torch.device("cpu")
+    with monkeypatch.context() as without_onednn:
+        without_onednn.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not isinstance(sparing(task), Sparing)
+    assert isinstance(sparing(task), Sparing)
+    assert not isinstance(sparing(Task(torch.compile(nn.Linear(4, 4)))), Sparing)  # type: ignore[arg-type]
     network.blocks[0].compile()
     assert not isinstance(sparing(task), Sparing)
 
 
-def test_a_user_who_computes_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.utils.checkpoint outside of timm: torch's own error, not another gradient."""
+def test_what_a_user_computes_again_is_plain() -> None:
+    """torch.utils.checkpoint wants the same tensors kept both times."""
     norm, layer, x = noisy(nn.LayerNorm(4)), noisy(nn.Linear(4, 4)), torch.randn(3, 4, requires_grad=True)
-    with Sparing():
-        value = checkpoint(lambda tokens: layer(norm(tokens)), x, use_reentrant=False)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        value.sum().backward()
+    for reentrant in (False, True):
+        check(
+            lambda reentrant=reentrant: layer(norm(checkpoint(lambda t: layer(norm(t)), x, use_reentrant=reentrant))),  # type: ignore[misc]
+            [x, *norm.parameters(), *layer.parameters()],
+        )
 
 
 @pytest.mark.parametrize("kind", ["beit_shared_bias", "visible_vit"])

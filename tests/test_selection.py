@@ -197,10 +197,33 @@ class BatchNormHead(LinearHead):
         return super().forward(self.norm(tokens.flatten(0, 2)).view_as(tokens), mask, selected)
 
 
+class RememberingDecoder(DecoderHead):
+    """A decoder of a user, which looks at one kind of tokens in the step after."""
+
+    def __init__(self, student: object, target: object) -> None:
+        super().__init__(student, target, **NARROW)  # type: ignore[arg-type]
+        self.register_buffer("mean", torch.zeros(8))
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        tokens = super().decode(tokens, mask) - self.mean
+        self.mean = 0.9 * self.mean + 0.1 * tokens.detach().mean((0, 1))
+        return tokens
+
+
+class OtherBlocks(DecoderHead):
+    """A decoder of a user with blocks that are not timm's."""
+
+    def block(self, width: int, num_heads: int) -> nn.Module:
+        return nn.TransformerEncoderLayer(width, num_heads, batch_first=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
         ({}, "student teacher"),
+        ({"student": "visible_vit", "head": RememberingDecoder}, "teacher"),
+        ({"student": "visible_vit", "head": partial(DecoderHead, **NARROW)}, "head teacher"),
+        ({"student": "visible_vit", "head": partial(OtherBlocks, **NARROW)}, "teacher"),
         ({"head": partial(DecoderHead, **NARROW)}, "head teacher"),
         ({"head": Mixing}, "teacher"),
         ({"head": BatchNormHead}, "teacher"),

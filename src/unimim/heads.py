@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
-from unimim.selection import LastBlock, count_of, inverse, pick, places, put, rows
+from unimim.selection import count_of, inverse, pick, places, put, rows, told
 
 
 class LinearHead(Head):
@@ -148,7 +148,7 @@ class DecoderHead(Decoder):
         self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
     ) -> None:
         super().__init__(student, target, width, depth, num_heads)
-        self.last_block = LastBlock(self.blocks[-1], self.num_prefix_tokens)
+        self.last_block = told(self.blocks[-1], self.num_prefix_tokens)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""

@@ -226,31 +226,35 @@ class MaskedImageModeling(pl.LightningModule):
         It is tried: with NaN at these, prediction and target of the others must be finite, also in the step after. A decoder
         looks at all tokens, an instance norm at all targets, and a running mean remembers them. A user's own part need not say.
         """
-        head, normalization = copy.deepcopy(self.head).train(), copy.deepcopy(self.normalization).train()
+
+        def copied(part: nn.Module) -> Any:
+            return copy.deepcopy(part).train()  # where it may remember, and one trial shall not know of another
+
         grid_size = self.student.grid_size
-        trials: tuple[tuple[Student | Head | TargetGenerator, Any, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
+        behind_student, head, normalization = copied(self.head), copied(self.head), copied(self.normalization)
+        trials: tuple[tuple[Any, LastBlock | None, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
             (
                 self.student,
-                self.student,
+                self.student.last_block,
                 lambda: self.student(images, mask),
-                lambda tokens: head(tokens, mask, selected),
+                lambda tokens: behind_student(tokens, mask, selected),
             ),
-            (self.head, head, lambda: head(self.student(images, mask), mask, selected), lambda prediction: prediction),
+            (self.head, head.last_block, lambda: self.student(images, mask), lambda tokens: head(tokens, mask, selected)),
             (
                 self.teacher,
-                self.teacher,
+                self.teacher.last_block,
                 lambda: self.teacher(images, grid_size),
                 lambda target: normalization(target)[selected],
             ),
         )
         found = []
-        for part, tried, run, look in trials:
-            if part.last_block is None or (self.checkpointing and part is self.student):
+        for part, block, run, look in trials:
+            if block is None or (self.checkpointing and part is self.student):
                 continue  # computed again in the backward pass, it would no longer know what it was told
-            with only(selected, [tried.last_block], unfinished=torch.nan):
+            with only(selected, [block], unfinished=torch.nan):
                 output = run()
-            if all(look(output).isfinite().all() for _ in range(2)):
-                found.append(part.last_block)
+                if all(look(output).isfinite().all() for _ in range(2)):
+                    found.append(part.last_block)
         return found
 
     def check_loss(self, prediction: Tensor, target: Tensor) -> None:

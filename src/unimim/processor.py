@@ -9,8 +9,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDE = 2**18
 """Weights of a linear layer from which on it pays: a narrower one is slower by oneDNN, and so is making its input again."""
@@ -26,84 +28,22 @@ def sparing(task: pl.LightningModule) -> AbstractContextManager[Any]:
 
     - A wide linear layer is multiplied by oneDNN. It does not keep an input that is cheap to make again: a layer norm's, a
       GELU's or the attention's below.
-    - A layer scale behind a linear layer does not keep what it scales.
+    - A layer scale behind a linear layer does not keep what it scales. (Who asks for the gradient of that, once it is scaled,
+      finds that nothing came of it.)
     - Attention with a bias that learns is the fused kernel, which torch has for one that does not.
 
-    A graph made within it cannot be differentiated twice. A task with compiled modules, or modules that compute their
-    activations again, goes without.
+    What is made within it is differentiated once, backwards: twice, forwards or by `torch.func` is an error. A task goes
+    without if it has modules that are compiled, sharded by FSDP2, or compute their activations again.
     """
-    used = task.device.type == "cpu" and torch.backends.mkldnn.is_available() and not any(map(differs, task.modules()))
-    return Sparing() if used else nullcontext()
+    here = task.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return Sparing() if here and not any(map(differs, task.modules())) else nullcontext()
 
 
 def differs(module: Any) -> bool:
-    """Whether a module's forward pass is compiled, or made again (timm's `grad_checkpointing`, our `checkpointing`)."""
+    """Whether a module is compiled, sharded, or computes again (timm's `grad_checkpointing`, our `checkpointing`)."""
     again = getattr(module, "grad_checkpointing", False) or getattr(module, "checkpointing", False)
-    return again or module._compiled_call_impl is not None
-
-
-class Sparing(TorchFunctionMode):
-    """What `sparing` says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.latest: tuple[Tensor, int, Callable[[Tensor, Tensor], Tensor]] | None = None
-        """What the last linear layer made, its version, and what makes (scale, that) a scaled layer of it."""
-        self.replaced: dict[Any, Callable[..., Tensor | None]] = {
-            F.layer_norm: layer_norm,
-            F.gelu: gelu,
-            F.linear: self.linear,
-            F.scaled_dot_product_attention: attention,
-            Tensor.mul: self.mul,
-        }
-
-    def __torch_function__(
-        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        replaced = self.replaced.get(function)
-        result = replaced(*args, **kwargs) if replaced is not None else None
-        if result is None:
-            result = function(*args, **kwargs)
-            if function in (Tensor.transpose, Tensor.reshape) and (made := how(args[0])):
-                remember(result, viewed(function, made.by, args[1:], kwargs), made.of)
-        return result
-
-    def __exit__(self, *args: Any) -> None:
-        self.latest = None
-        super().__exit__(*args)
-
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """[... c], [d c], [d] -> [... d]"""
-        self.latest = None
-        if not is_plain(input, weight, bias) or weight.numel() < WIDE or input.ndim < 2 or not input.numel():
-            return None
-        if not learns(input, weight, bias):
-            return multiplied(input, weight, bias)
-        made = how(input)
-        by, of = (made.by, made.of) if made is not None else (None, ())
-
-        def layer(scale: Tensor | None = None, result: Tensor | None = None) -> Tensor:
-            made_again: Tensor = Linear.apply(by, scale, result, input, weight, bias, *of)
-            return made_again
-
-        result = layer()
-        self.latest = result, result._version, layer
-        return result
-
-    def mul(self, left: Any, right: Any) -> Tensor | None:
-        """A layer scale, [d], of what the last linear layer made, [... d], in either order."""
-        if self.latest is None:
-            return None
-        values, version, layer = self.latest
-        scale = left if right is values else right
-        if (values is not left and values is not right) or not isinstance(scale, nn.Parameter):
-            return None
-        unseen = values._version == version and not values._backward_hooks and not values.retains_grad
-        if not unseen or scale.shape != values.shape[-1:] or not is_plain(scale):
-            return None
-        self.latest = None
-        return layer(scale, values.detach())
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return again or compiled or isinstance(module, FSDPModule)
 
 
 class Made(NamedTuple):
@@ -114,16 +54,154 @@ class Made(NamedTuple):
     version: int
 
 
-def how(tensor: Tensor) -> Made | None:
-    """How the tensor was made, where that is cheap and still true."""
-    made: Made | None = vars(tensor).get("made")
-    return made if made is not None and made.version == tensor._version else None
+class Layer(NamedTuple):
+    """What a linear layer gave and was given, the versions of these, and the layer with a scale, `scaled(scale, result)`."""
+
+    result: Tensor
+    given: tuple[Tensor, ...]
+    versions: list[int]
+    scaled: Callable[[Tensor, Tensor], Tensor]
+
+    def is_untouched(self) -> bool:
+        """Whether nothing was changed in place since, and no one waits for the result's gradient."""
+        same = self.versions == [tensor._version for tensor in (self.result, *self.given)]
+        return same and not self.result._backward_hooks and not self.result.retains_grad
 
 
-def remember(tensor: Tensor, by: Callable[..., Tensor], of: tuple[Tensor, ...]) -> None:
-    """For `how`, where a gradient is wanted."""
-    if tensor.requires_grad:
-        vars(tensor)["made"] = Made(by, of, tensor._version)
+class Sparing(TorchFunctionMode):
+    """What `sparing` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Any = WeakTensorKeyDictionary()
+        self.latest: Layer | None = None
+        """The last linear layer, until there is another: a layer scale may follow."""
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        replaced = REPLACED.get(function)
+        result = replaced(self, *args, **kwargs) if replaced is not None and not computes_again() else None
+        if result is None:
+            result = function(*args, **kwargs)
+            if function in (Tensor.transpose, Tensor.reshape) and (made := self.how(args[0])):
+                self.remember(result, viewed(function, made.by, args[1:], kwargs), made.of)
+        return result
+
+    def __exit__(self, *args: Any) -> None:
+        self.made.clear()
+        self.latest = None
+        super().__exit__(*args)
+
+    def remember(self, tensor: Tensor, by: Callable[..., Tensor], of: tuple[Tensor, ...]) -> None:
+        """For `how`, where a gradient is wanted."""
+        if tensor.requires_grad:
+            self.made[tensor] = Made(by, of, tensor._version)
+
+    def how(self, tensor: Tensor) -> Made | None:
+        """How the tensor was made, where that is cheap and still true."""
+        made: Made | None = self.made.get(tensor)
+        return made if made is not None and made.version == tensor._version else None
+
+    def layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: list[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """torch's, and how it was made."""
+
+        def again(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+        result = F.layer_norm(input, normalized_shape, weight, bias, eps)
+        if weight is not None and bias is not None:
+            self.remember(result, again, (input, weight, bias))
+        return result
+
+    def gelu(self, input: Tensor, approximate: str = "none") -> Tensor:
+        """torch's, and how it was made."""
+        again = partial(F.gelu, approximate=approximate)
+        result = again(input)
+        self.remember(result, again, (input,))
+        return result
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """[... c], [d c], [d] -> [... d]"""
+        self.latest = None
+        if not is_plain(input, weight, bias) or weight.numel() < WIDE or input.ndim < 2 or not input.numel():
+            return None
+        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            return None
+        if not learns(input, weight, bias):
+            return multiplied(input, weight, bias)
+        made = self.how(input)
+        by, of = (made.by, made.of) if made is not None else (None, ())
+
+        def layer(scale: Tensor | None = None, result: Tensor | None = None) -> Tensor:
+            made: Tensor = Linear.apply(by, scale, result, input, weight, bias, *of)
+            return made
+
+        result, given = layer(), (input, weight, *of)
+        if weight.requires_grad:
+            self.latest = Layer(result, given, [tensor._version for tensor in (result, *given)], layer)
+        return result
+
+    def mul(self, input: Any, other: Any) -> Tensor | None:
+        """A layer scale, [d], of what the last linear layer gave, [... d], in either order."""
+        latest = self.latest
+        if latest is None or (input is not latest.result and other is not latest.result):
+            return None
+        scale = input if other is latest.result else other
+        fits = isinstance(scale, nn.Parameter) and is_plain(scale) and scale.shape == latest.result.shape[-1:]
+        if not fits or not torch.is_grad_enabled() or not latest.is_untouched():
+            return None
+        self.latest = None
+        return latest.scaled(scale, latest.result.detach())
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """[b heads n d], [b heads k d], [b heads k d] and a bias [(1) heads n k] -> [b heads n d]"""
+        if attn_mask is None or not learns(attn_mask) or dropout_p or is_causal or enable_gqa:
+            return None
+        bias = attn_mask if attn_mask.ndim == 4 else attn_mask[None]
+        if not is_plain(query, key, value, bias) or query.ndim != 4 or key.ndim != 4 or not bias.numel():
+            return None
+        fits = bias.shape == (1, *query.shape[1:3], key.shape[2])
+        fits = fits and key.shape == value.shape == (*query.shape[:2], key.shape[2], query.shape[3])
+        if not fits or not bias.isfinite().all():  # where it hides keys, torch knows what becomes of who sees none
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        result: Tensor = BiasedAttention.apply(query, key, value, bias, scale)
+        self.remember(result, partial(attended, scale=scale), (query, key, value, bias))
+        return result
+
+
+REPLACED: dict[Any, Callable[..., Tensor | None]] = {
+    F.layer_norm: Sparing.layer_norm,
+    F.gelu: Sparing.gelu,
+    F.linear: Sparing.linear,
+    F.scaled_dot_product_attention: Sparing.attention,
+    Tensor.mul: Sparing.mul,
+}
+
+
+def computes_again() -> bool:
+    """Whether what runs is within `torch.utils.checkpoint`, which wants the same tensors kept when it runs again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def viewed(view: Any, by: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:
@@ -143,37 +221,8 @@ def learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """torch's, and how it was made."""
-
-    def again(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-    result = F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if weight is not None and bias is not None:
-        remember(result, again, (input, weight, bias))
-    return result
-
-
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """torch's, and how it was made."""
-
-    def again(input: Tensor) -> Tensor:
-        return F.gelu(input, approximate=approximate)
-
-    result = again(input)
-    remember(result, again, (input,))
-    return result
-
-
 def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[... c], [d c], [d] -> [... d], by oneDNN, which also on processors of others takes the weights as they lie."""
+    """[... c], [d c], [d] -> [... d], by oneDNN, which also on processors that are not Intel's takes weights as they lie."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
@@ -202,11 +251,17 @@ class Linear(torch.autograd.Function):
             bias: [d]
             of: see `by`.
         """
-        ctx.by, ctx.wants_weight = by, weight.requires_grad or scale is not None
-        ctx.save_for_backward(scale, weight, bias, *((of if by else (input,)) if ctx.wants_weight else ()))
+        ctx.by = by
+        ctx.wants_product = weight.requires_grad or (scale is not None and scale.requires_grad)
+        ctx.save_for_backward(
+            scale,
+            weight if input.requires_grad or scale is not None else None,
+            None if scale is None else bias,
+            *((of if by else (input,)) if ctx.wants_product else ()),
+        )
         if result is None:
             result = multiplied(input, weight, bias)
-        return result if scale is None else result * scale
+        return (result if scale is None else result * scale).data  # no view, which could not be changed in place
 
     @staticmethod
     @once_differentiable
@@ -221,7 +276,7 @@ class Linear(torch.autograd.Function):
             gradient = gradient * scale
         if wants_input:
             of_input = (gradient @ weight).unflatten(0, whole)
-        if ctx.wants_weight:
+        if ctx.wants_product:
             input = (ctx.by(*of) if ctx.by else of[0]).flatten(0, -2)
             product = before.t() @ input
             if wants_scale:  # of sum(before * (input @ weight.T + bias)) over the rows, without that product
@@ -235,29 +290,6 @@ class Linear(torch.autograd.Function):
         return None, of_scale, None, of_input, of_weight, of_bias, *[None for _ in rest]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """[b heads n d], [b heads k d], [b heads k d] and a bias [(1) heads n k] -> [b heads n d]"""
-    if attn_mask is None or not learns(attn_mask) or dropout_p or is_causal or enable_gqa:
-        return None
-    bias = attn_mask if attn_mask.ndim == 4 else attn_mask[None]
-    fits = bias.shape == (1, *query.shape[1:3], key.shape[2]) and key.shape == value.shape
-    if not fits or not is_plain(query, key, value, bias):
-        return None
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = BiasedAttention.apply(query, key, value, bias, scale)
-    remember(result, partial(attended, scale=scale), (query, key, value, bias))
-    return result
-
-
 def pieces(images: int, bias: Tensor) -> Iterator[slice]:
     """Of a batch, a few images each."""
     size = max(1, PIECE // bias.numel())
@@ -265,7 +297,7 @@ def pieces(images: int, bias: Tensor) -> Iterator[slice]:
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """As `attention`, by torch's fused kernel; it lies in memory as it is used next, [b n heads d]."""
+    """As `Sparing.attention`, by torch's fused kernel; it lies in memory as it is used next, [b n heads d]."""
     result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     for piece in pieces(len(query), bias):
         result[piece] = F.scaled_dot_product_attention(query[piece], key[piece], value[piece], bias, scale=scale)
@@ -280,7 +312,7 @@ class BiasedAttention(torch.autograd.Function):
         """[b heads n d], [b heads k d], [b heads k d], [1 heads n k] -> [b heads n d]"""
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, bias)
-        return attended(query, key, value, bias, scale)
+        return attended(query, key, value, bias, scale).data  # no view, which could not be changed in place
 
     @staticmethod
     @once_differentiable

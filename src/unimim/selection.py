@@ -83,8 +83,10 @@ class LastBlock:
 
     def _take(self, module: nn.Module, inputs: tuple[Tensor]) -> Any:
         """[b prefix+n d] -> [b k d]"""
+        if self.patches is None:
+            return None
         (tokens,) = inputs
-        if self.patches is None or tokens.shape[1] != self.length:  # nothing is told, or it is for another grid
+        if tokens.shape[1] != self.length:  # it is for another grid
             return None
         at = rows(self.patches, tokens.shape[1], self.num_prefix_tokens)
         return rearrange(tokens.flatten(0, 1).index_select(0, at), "(b k) d -> b k d", b=len(tokens))
@@ -99,10 +101,15 @@ class LastBlock:
 
 def last_block(network: Any, layer: int = -1) -> LastBlock | None:
     """The block `layer` of a ViT, BEiT or EVA of timm; None of other networks, and of blocks with parallel branches."""
-    block = network.blocks[layer] if isinstance(network, (VisionTransformer, Beit, Eva)) else None
-    if hasattr(block, "attn") and hasattr(block, "mlp"):
-        return LastBlock(block, network.num_prefix_tokens)
-    return None
+    if not isinstance(network, (VisionTransformer, Beit, Eva)):
+        return None
+    return told(network.blocks[layer], network.num_prefix_tokens)
+
+
+def told(block: Any, num_prefix_tokens: int) -> LastBlock | None:
+    """The block as one that can be told; None of one that is not made of one attention and one MLP, as timm names them."""
+    fits = hasattr(getattr(block, "attn", None), "proj") and hasattr(block, "mlp")
+    return LastBlock(block, num_prefix_tokens) if fits else None
 
 
 @contextmanager
