@@ -29,6 +29,7 @@ import torch
 import yaml
 from report import in_turn, machine, peak_gib, report, wait
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -154,15 +155,19 @@ class Step:
 
 
 def dense_flops(step: Step) -> float:
-    """Of a dense step: the teacher's forward pass, and three times that of student and head, this on all tokens it gets."""
+    """Of a dense step: the teacher's forward pass, and three times that of student and head, this on all tokens it gets.
+
+    Attention is counted as two plain products: not every version of torch knows what its fused kernel for CPUs takes.
+    """
     model, images = step.model, step.images
     grid = model.student.grid_size
-    with FlopCounterMode(display=False) as of_teacher, torch.no_grad(), step.autocast():
-        model.teacher(images, grid)
-    mask = model.masking(images, grid)
-    selected = model.select(mask) if model.student.drops_patches else torch.ones_like(mask)
-    with FlopCounterMode(display=False) as of_student, torch.no_grad(), step.autocast():
-        model.head(model.student(images, mask), mask, selected)
+    with torch.no_grad(), step.autocast(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as of_teacher:
+            model.teacher(images, grid)
+        mask = model.masking(images, grid)
+        selected = model.select(mask) if model.student.drops_patches else torch.ones_like(mask)
+        with FlopCounterMode(display=False) as of_student:
+            model.head(model.student(images, mask), mask, selected)
     return float(of_teacher.get_total_flops() + 3 * of_student.get_total_flops())
 
 

@@ -81,6 +81,8 @@ class Sparing(TorchFunctionMode):
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a frozen network's blocks may be compiled without the task's
+            return function(*args, **kwargs)
         replaced = REPLACED.get(function)
         result = replaced(self, *args, **kwargs) if replaced is not None and not computes_again() else None
         if result is None:
