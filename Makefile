@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEBIAN := data/debian
 FASHION := data/FashionMNIST/raw/t10k-labels-idx1-ubyte
-# On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc; elsewhere without effect).
-CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+# On a CPU page faults dominate allocation-heavy code: keep freed memory (glibc), and lay tensors of 2 MB and more on large
+# pages (torch), between which less is lost. Elsewhere both are without effect.
+CPU_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 THP_MEM_ALLOC_ENABLE=1
 # Torch's threads slow each other several times where two processes share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 

@@ -63,6 +63,7 @@ def machine(*packages: str, device: str = "cpu") -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     processors = {line.partition(": ")[2] for line in lines if line.startswith("model name")}
     allocator = "" if os.environ.get("MALLOC_MMAP_MAX_") != "0" else ", freed memory kept (MALLOC_MMAP_MAX_=0)"
+    allocator += "" if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1" else ", large pages (THP_MEM_ALLOC_ENABLE=1)"
     return f"{', '.join(sorted(processors)) or platform.machine()}, {torch.get_num_threads()} threads, {versions}{allocator}"
 
 

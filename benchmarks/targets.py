@@ -21,8 +21,8 @@ from torch import Tensor
 from unimim import DVAETarget, FeatureTarget, HOGTarget, MeanColorTarget, PixelTarget, TargetGenerator, VQKDTarget
 
 SIZE, GRID, HOG_BATCH = 224, (14, 14), 32
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35)}
-"""glibc keeps freed memory: each page is faulted in once."""
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "THP_MEM_ALLOC_ENABLE": "1"}
+"""The Makefile's CPU_MEMORY: glibc keeps freed memory, each page is faulted in once."""
 ALLOCATORS: dict[str, dict[str, str]] = {"hog_default": {}, "hog_kept": KEPT}
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -14,16 +15,30 @@ from conftest import TINY, tiny_model, tiny_student
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from unimim import DecoderHead, PixelTarget, processor
 from unimim.processor import Linear, Sparing, sparing
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow layers count as wide."""
+@pytest.fixture(autouse=True, params=[True, False], ids=["mkl", "onednn"])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow layers count as wide, and both libraries multiply, whatever the processor is."""
     monkeypatch.setattr(processor, "WIDE", 1)
+    monkeypatch.setattr(processor, "is_intel", lambda: request.param)
+
+
+class Called(TorchDispatchMode):
+    """Counts torch's own operations within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.times[str(function)] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def noisy(module: nn.Module) -> nn.Module:
@@ -341,6 +356,27 @@ def test_no_map_of_attention_is_kept() -> None:
     with Sparing():
         assert kept(run, [qkv, bias]) == 0
     assert kept(run, [qkv, bias]) >= 4 * 4 * 2 * 50 * 50
+
+
+def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
+    qkv, bias = torch.randn(3, 2, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 5, requires_grad=True)
+    layer = nn.Linear(4, 6)
+    with Called() as called, Sparing():
+        value = layer(F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias))
+    fused = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    assert called.times[fused] == 1
+    with Called() as called:
+        value.sum().backward()
+    assert called.times[fused] == 1  # made again for the layer's weight
+    with Called() as called:
+        F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
+    assert called.times[fused] == 0  # torch's own choice, which keeps the maps
+
+
+def test_who_multiplies() -> None:
+    with Called() as called, Sparing():
+        nn.Linear(4, 6)(torch.randn(2, 4))
+    assert (called.times["mkldnn._linear_pointwise.default"] == 1) == (not processor.is_intel())
 
 
 def test_after_the_backward_pass_nothing_is_held() -> None:

@@ -1,8 +1,9 @@
-"""On a CPU a step waits for memory and multiplications: here it keeps less for its backward pass, and oneDNN multiplies."""
+"""On a CPU a step waits for memory and multiplications: here it keeps less for its backward pass, and multiplies quicker."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -26,8 +27,8 @@ def sparing(task: pl.LightningModule) -> AbstractContextManager[Any]:
     No module is touched: layers of timm or of a user, and hooks between them, run as they are written, and some of what torch
     computes for them in float32 is computed otherwise, with the same gradients. Values differ in the last digits.
 
-    - A wide linear layer is multiplied by oneDNN. It does not keep an input that is cheap to make again: a layer norm's, a
-      GELU's or the attention's below.
+    - A wide linear layer is multiplied by oneDNN, or on a processor of Intel's by MKL. It does not keep an input that is cheap
+      to make again: a layer norm's, a GELU's or the attention's below.
     - A layer scale behind a linear layer does not keep what it scales. (Who asks for the gradient of that, once it is scaled,
       finds that nothing came of it.)
     - Attention with a bias that learns is the fused kernel, which torch has for one that does not.
@@ -223,8 +224,17 @@ def learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+@cache
+def is_intel() -> bool:
+    """Whether Linux says that the processor is Intel's."""
+    said = Path("/proc/cpuinfo")
+    return said.exists() and "GenuineIntel" in said.read_text()
+
+
 def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[... c], [d c], [d] -> [... d], by oneDNN, which also on processors that are not Intel's takes weights as they lie."""
+    """[... c], [d c], [d] -> [... d], by oneDNN; on Intel's processors torch's MKL is 5 to 10 % quicker, elsewhere slower."""
+    if is_intel():
+        return F.linear(input, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
@@ -299,11 +309,8 @@ def pieces(images: int, bias: Tensor) -> Iterator[slice]:
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """As `Sparing.attention`, by torch's fused kernel; it lies in memory as it is used next, [b n heads d]."""
-    result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    for piece in pieces(len(query), bias):
-        result[piece] = F.scaled_dot_product_attention(query[piece], key[piece], value[piece], bias, scale=scale)
-    return result
+    """As `Sparing.attention`; torch takes its fused kernel only for a bias that asks for no gradient."""
+    return F.scaled_dot_product_attention(query, key, value, bias.detach(), scale=scale)
 
 
 class BiasedAttention(torch.autograd.Function):
@@ -327,8 +334,7 @@ class BiasedAttention(torch.autograd.Function):
             q, k, g = query[piece] * ctx.scale, key[piece], gradient[piece]
             weights = (q @ k.mT).add_(bias).softmax(-1)
             of_value[piece] = weights.mT @ g
-            scores = g @ value[piece].mT
-            scores = scores.sub_((scores * weights).sum(-1, keepdim=True)).mul_(weights)
+            scores = torch._softmax_backward_data(g @ value[piece].mT, weights, -1, weights.dtype)
             of_bias += scores.sum(0)
             of_query[piece] = (scores @ k).mul_(ctx.scale)
             of_key[piece] = scores.mT @ q
