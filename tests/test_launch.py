@@ -267,6 +267,13 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def variables(request: pytest.FixtureRequest, no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers set is set; a parameter."""
+    for name, value in request.param.items():
+        monkeypatch.setenv(name, value)
+
+
 STEP = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
 SCRIPT = {**IN_A_JOB, **OF_RANK_0, "SLURM_NTASKS": "2"}
 POD = {"WORLD_SIZE": "2", "RANK": "0"}
@@ -303,17 +310,9 @@ COUNTS_1 = "but the Trainer counts 1 (1 nodes x 1 devices): give --trainer.devic
         ({"PMI_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, 2, 4, None),  # and one of those
         ({"PMI_SIZE": "2", "LOCAL_RANK": "0"}, 1, 2, None),  # told their ranks by a script
     ],
+    indirect=["variables"],
 )
-def test_the_launchers_count_is_the_trainers(
-    variables: dict[str, str],
-    nodes: int,
-    devices: int,
-    expected: str | None,
-    no_launcher: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_the_launchers_count_is_the_trainers(variables: None, nodes: int, devices: int, expected: str | None) -> None:
     check_trainer(expected, num_nodes=nodes, devices=devices)
 
 
@@ -362,30 +361,20 @@ class MPI(ClusterEnvironment):
         ({}, MPI, 2, None),
         ({}, MPI, 4, "a launcher (MPI) started 2 processes, but the Trainer counts 4 (1 nodes x 4 devices): give --trainer.d"),
     ],
+    indirect=["variables"],
 )
-def test_the_launcher_is_the_one_that_the_trainer_has(
-    variables: dict[str, str],
-    plugin: Any,
-    devices: int,
-    expected: str | None,
-    no_launcher: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_the_launcher_is_the_one_that_the_trainer_has(variables: None, plugin: Any, devices: int, expected: str | None) -> None:
     check_trainer(expected, devices=devices, plugins=plugin())
 
 
-def test_a_notebooks_trainer_is_compared_too(no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("variables", [TORCHRUN], indirect=True)
+def test_a_notebooks_trainer_is_compared_too(variables: None) -> None:
     with pytest.raises(ValueError, match="torchrun started 2 processes"):
         pl.Trainer(**QUIET, max_epochs=1).fit(tiny_model(), DataLoader([torch.rand(3, 32, 32)] * 2, 2))
 
 
-def test_a_trainer_within_joined_processes_may_be_smaller(no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("variables", [TORCHRUN], indirect=True)
+def test_a_trainer_within_joined_processes_may_be_smaller(variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     check_trainer(None)
 
@@ -409,13 +398,10 @@ NTASKS_ALONE = (
         ({**ALONE, **TORCHRUN}, None, None),
         ({**ALONE, "SLURM_JOB_NAME": "bash"}, None, None),
     ],
+    indirect=["variables"],
 )
-def test_what_slurm_set_is_refused_where_lightning_would(
-    variables: dict[str, str], environment: Any, expected: str | None, no_launcher: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_slurm_set_is_refused_where_lightning_would(variables: None, environment: Any, expected: str | None) -> None:
     """Lightning makes the environment that is asked for, or the one that it detects."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     plugins = environment and [SimpleNamespace(class_path=f"{environment.__module__}.{environment.__name__}")]
     detected = next(one for one in (TorchElasticEnvironment, SLURMEnvironment, LightningEnvironment) if one.detect())
     if expected is None:
@@ -435,19 +421,13 @@ def test_what_slurm_set_is_refused_where_lightning_would(
         (ALONE, ["--config=conf/trainer/slurm.yaml"], NTASKS_ALONE),
         ({}, ["--config=conf/trainer/slurm.yaml"], "trainer.plugins: SLURMEnvironment is for a job of Slurm, and this is none"),
     ],
+    indirect=["variables"],
 )
 def test_slurm_is_asked_for_in_one_line(
-    variables: dict[str, str],
-    file: list[str],
-    expected: str,
-    checkout: Path,
-    no_launcher: None,
-    monkeypatch: pytest.MonkeyPatch,
+    variables: None, file: list[str], expected: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`srun -n 2`, and the file of Slurm where there is none."""
     monkeypatch.chdir(checkout)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     cpu = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
     with pytest.raises(SystemExit) as error:
         main(["pretrain", "fit", "--config", "conf/pretrain/demo_hog.yaml", *file, *cpu])
