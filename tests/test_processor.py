@@ -22,11 +22,13 @@ from unimim import DecoderHead, PixelTarget, processor
 from unimim.processor import Linear, Sparing, sparing
 
 
-@pytest.fixture(autouse=True, params=[True, False], ids=["mkl", "onednn"])
+@pytest.fixture(autouse=True, params=[(True, "AVX512"), (False, "AVX2"), (False, "AVX512")], ids=["mkl", "both", "onednn"])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow layers count as wide, and both libraries multiply, whatever the processor is."""
+    """Narrow layers count as wide, and each library multiplies, whatever the processor is."""
+    intel, capability = request.param
     monkeypatch.setattr(processor, "WIDE", 1)
-    monkeypatch.setattr(processor, "is_intel", lambda: request.param)
+    monkeypatch.setattr(processor, "is_intel", lambda: intel)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
 class Called(TorchDispatchMode):
@@ -360,14 +362,10 @@ def test_no_map_of_attention_is_kept() -> None:
 
 def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
     qkv, bias = torch.randn(3, 2, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 5, requires_grad=True)
-    layer = nn.Linear(4, 6)
-    with Called() as called, Sparing():
-        value = layer(F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias))
     fused = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    with Called() as called, Sparing():
+        F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
     assert called.times[fused] == 1
-    with Called() as called:
-        value.sum().backward()
-    assert called.times[fused] == 1  # made again for the layer's weight
     with Called() as called:
         F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
     assert called.times[fused] == 0  # torch's own choice, which keeps the maps
@@ -375,8 +373,13 @@ def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
 
 def test_who_multiplies() -> None:
     with Called() as called, Sparing():
-        nn.Linear(4, 6)(torch.randn(2, 4))
-    assert (called.times["mkldnn._linear_pointwise.default"] == 1) == (not processor.is_intel())
+        value = nn.Linear(4, 6)(torch.randn(2, 4, requires_grad=True))
+    assert called.times["mkldnn._linear_pointwise.default"] == int(processor.by_onednn(gradient=False))
+    with Called() as called:
+        value.sum().backward()
+    assert called.times["mkldnn._linear_pointwise.default"] == int(processor.by_onednn(gradient=True))
+    assert called.times["aten.mkldnn_linear_backward_weights.default"] == int(processor.by_onednn(gradient=True))
+    assert called.times["aten.mm.default"] == 2 * int(not processor.by_onednn(gradient=True))
 
 
 def test_after_the_backward_pass_nothing_is_held() -> None:
