@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import timm
 import torch
 from conftest import TINY, tiny_model, tiny_student
@@ -18,8 +19,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from unimim import DecoderHead, PixelTarget, processor
+from unimim import (
+    CachedTarget,
+    DecoderHead,
+    FeatureTarget,
+    FineTuning,
+    LinearProbe,
+    PixelTarget,
+    UperNetSegmentation,
+    processor,
+)
+from unimim.probing import extract_features
 from unimim.processor import Linear, Sparing, sparing
+from unimim.targets.cache import FixedViews
 
 
 @pytest.fixture(autouse=True, params=[(True, "AVX512"), (False, "AVX2"), (False, "AVX512")], ids=["mkl", "both", "onednn"])
@@ -425,34 +437,57 @@ def test_only_float32_on_a_cpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(called) == 1
 
 
-class Task(nn.Module):
-    """As far as `sparing` looks at one."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-
 def test_who_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled or computed again, and another device."""
     network = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1])
-    task: Any = Task(network)
+    task = nn.Sequential(network)
     assert isinstance(sparing(task), Sparing)
     network.set_grad_checkpointing()
     assert not isinstance(sparing(task), Sparing)
     network.set_grad_checkpointing(False)
-    task.device = torch.device("meta")
-    assert not isinstance(sparing(task), Sparing)
-    task.device = torch.device("cpu")
+    assert not isinstance(sparing(nn.Sequential(network, nn.Linear(4, 4, device="meta"))), Sparing)
     with monkeypatch.context() as without_onednn:
         without_onednn.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         assert not isinstance(sparing(task), Sparing)
     assert isinstance(sparing(task), Sparing)
-    assert not isinstance(sparing(Task(torch.compile(nn.Linear(4, 4)))), Sparing)  # type: ignore[arg-type]
+    assert not isinstance(sparing(nn.Sequential(torch.compile(nn.Linear(4, 4)))), Sparing)
     network.blocks[0].compile()
     assert not isinstance(sparing(task), Sparing)
+
+
+def without_gradient(kind: str) -> Callable[[], object]:
+    """What runs a narrow ViT over a batch, and learns nothing by it."""
+    name, model_args = TINY["vit"][0], TINY["vit"][1] | {"depth": 4}
+    images, labels = torch.rand(2, 3, 32, 32), torch.arange(2)
+    if kind == "features":
+        network = timm.create_model(name, global_pool="", num_classes=0, **model_args)
+        return lambda: extract_features(network, [(images, labels)])
+    if kind == "probe":
+        probe = LinearProbe(timm.create_model(name, global_pool="", num_classes=0, **model_args), num_classes=2)
+        return lambda: probe(images)
+    if kind == "cache":
+        model = tiny_model(teacher=CachedTarget(FeatureTarget(name, weights="random", model_args=model_args), "."))
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        return lambda: FixedViews(model.teacher).looked(trainer, model, images)  # type: ignore[arg-type]
+    task: Any = FineTuning if kind.startswith("classes") else UperNetSegmentation
+    model = task(name, num_classes=6, model_args=model_args, **({} if task is FineTuning else {"channels": 4}))
+    model.eval()
+    model.log = lambda *_, **__: None
+    if kind.endswith("predicted"):
+        return lambda: model.predict_step(images, 0)
+    return lambda: model.validation_step(
+        (images, labels if task is FineTuning else torch.zeros(2, 32, 32, dtype=torch.long)), 0
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["features", "probe", "cache", "classes", "classes predicted", "segments", "segments predicted"]
+)
+def test_what_runs_without_a_gradient_is_multiplied_so_too(kind: str) -> None:
+    run = without_gradient(kind)
+    with torch.no_grad(), Called() as called:
+        run()
+    assert called.times["mkldnn._linear_pointwise.default"] >= 4 * 4 * int(processor.by_onednn(gradient=False))  # 4 blocks
 
 
 def test_what_a_user_computes_again_is_plain() -> None:

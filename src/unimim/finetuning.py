@@ -185,7 +185,8 @@ class FineTuning(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Top-1 and top-5 of (images, labels)."""
         images, labels = batch
-        logits = self(images)
+        with sparing(self):
+            logits = self(images)
         self.acc1(logits, labels)
         self.acc5(logits, labels)
         self.log("val/acc1", self.acc1, prog_bar=True)
@@ -193,7 +194,8 @@ class FineTuning(pl.LightningModule):
 
     def predict_step(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
         """[b 3 H W] in [0, 1] -> the five highest probabilities [b 5] and their labels [b 5]."""
-        probabilities = self(images).float().softmax(1)
+        with sparing(self):
+            probabilities = self(images).float().softmax(1)
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 

@@ -22,6 +22,7 @@ from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
 from unimim.launching import check_processes
 from unimim.optim import parameter_groups, schedule
+from unimim.processor import sparing
 from unimim.randomness import exact_resume
 
 Feature = Literal["mean", "cls"]
@@ -46,7 +47,8 @@ def extract_features(
     features, labels = [], []
     for images, batch_labels in batches:
         check_image_size(backbone, images)
-        tokens = backbone.forward_features((images.to(device) - mean) / std)
+        with sparing(backbone):
+            tokens = backbone.forward_features((images.to(device) - mean) / std)
         features.append(pool(backbone, tokens, feature).float())
         labels.append(batch_labels.to(device))
     backbone.train(training)
@@ -357,7 +359,7 @@ class Probe(pl.LightningModule, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1] -> logits of all heads [rates b classes]"""
         check_image_size(self.backbone.network, images)
-        with torch.no_grad():
+        with torch.no_grad(), sparing(self.backbone.network):
             tokens = self.backbone.network.forward_features((images - self.mean) / self.std)
         inputs = self.inputs(tokens)
         return torch.stack([head(inputs) for head in self.heads])

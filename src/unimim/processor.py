@@ -6,7 +6,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -21,8 +20,8 @@ PIECE = 2**19
 """Numbers of an attention map on which the backward pass of an attention works at a time, so that they stay in a cache."""
 
 
-def sparing(task: pl.LightningModule) -> AbstractContextManager[Any]:
-    """Within it a training step of the task takes less memory and time on a CPU; on another device nothing is different.
+def sparing(task: nn.Module) -> AbstractContextManager[Any]:
+    """Within it what the task or network computes takes less memory and time on a CPU; elsewhere nothing is different.
 
     No module is touched: layers of timm or of a user, and hooks between them, run as they are written, and some of what torch
     computes for them in float32 is computed otherwise, with the same gradients. Values differ in the last digits.
@@ -36,8 +35,9 @@ def sparing(task: pl.LightningModule) -> AbstractContextManager[Any]:
     What is made within it is differentiated once, backwards: twice, forwards or by `torch.func` is an error. A task goes
     without if it has modules that are compiled, sharded by FSDP2, or compute their activations again.
     """
-    here = task.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return Sparing() if here and not any(map(differs, task.modules())) else nullcontext()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in task.parameters())
+    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return Sparing() if on_cpu and has_onednn and not any(map(differs, task.modules())) else nullcontext()
 
 
 def differs(module: Any) -> bool:

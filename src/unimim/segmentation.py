@@ -335,7 +335,9 @@ class UperNetSegmentation(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts (images [b 3 H W], labels [b H' W']), which may be of another size than the images."""
         images, labels = batch
-        self.confusion.update(likeliest(self(images), pair(labels.shape[-2:])), labels)
+        with sparing(self):
+            logits = self(images)
+        self.confusion.update(likeliest(logits, pair(labels.shape[-2:])), labels)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
@@ -374,7 +376,9 @@ class UperNetSegmentation(pl.LightningModule):
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         long, short = self.sides or (4 * short, short)
         seen = scaled(size, min(long / max(size), short / min(size)))
-        return likeliest(self(images if seen == size else rescaled(images, seen)), size)
+        with sparing(self):
+            logits = self(images if seen == size else rescaled(images, seen))
+        return likeliest(logits, size)
 
     def write_prediction(self, image: Tensor, labels: Tensor, destination: Path) -> None:
         """A photo's two pictures: DESTINATION_overlay.png, with colours and a legend, and DESTINATION_labels.png.

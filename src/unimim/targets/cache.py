@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.backbones import check_object
 from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.processor import sparing
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
 from unimim.target_files import TargetFiles, content_of, in_words, whole
 
@@ -221,7 +222,7 @@ class FixedViews(pl.Callback):
     @torch.no_grad()
     def looked(self, trainer: pl.Trainer, pl_module: Any, images: Tensor) -> Tensor:
         """What the teacher says of [b 3 H W], as stored."""
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), sparing(pl_module):
             return stored(self.target.teacher(images, pl_module.student.grid_size), self.target.dim)
 
     def check(self, trainer: pl.Trainer, pl_module: Any, missing: list[list[int]]) -> None:
