@@ -38,7 +38,7 @@ from unimim.targets.cache import FixedViews
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow layers count as wide, and each library multiplies, whatever the processor is."""
     intel, capability = request.param
-    monkeypatch.setattr(processor, "WIDE", 1)
+    monkeypatch.setattr(processor, "WIDE", {True: 1, False: 1})
     monkeypatch.setattr(processor, "is_intel", lambda: intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
@@ -429,10 +429,10 @@ def test_only_float32_on_a_cpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
         with torch.no_grad():
             torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
         assert layer(x[:0]).shape == (0, 6)
-        monkeypatch.setattr(processor, "WIDE", 25)
+        monkeypatch.setattr(processor, "WIDE", {True: 25, False: 25})
         assert layer(x).grad_fn is not None
         assert called == []
-        monkeypatch.setattr(processor, "WIDE", 24)
+        monkeypatch.setattr(processor, "WIDE", {True: 24, False: 24})
         assert not layer(x).any()
     assert len(called) == 1
 

@@ -95,7 +95,7 @@ def test_each_way_of_multiplying_is_the_product() -> None:
 @pytest.mark.parametrize(("intel", "capability"), [(True, "AVX512"), (False, "AVX2"), (False, "AVX512")])
 def test_multiplications_are_counted_whoever_makes_them(intel: bool, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and both gradients of a linear layer, by MKL and by oneDNN."""
-    monkeypatch.setattr(processor, "WIDE", 1)
+    monkeypatch.setattr(processor, "WIDE", {True: 1, False: 1})
     monkeypatch.setattr(processor, "is_intel", lambda: intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     x = torch.randn(2, 3, 4, requires_grad=True)

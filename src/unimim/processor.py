@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-WIDE = 2**18
-"""Weights of a linear layer from which on it pays: a narrower one is slower by oneDNN, and so is making its input again."""
+WIDE = {True: 2**14, False: 2**18}
+"""Weights of a linear layer from which on it pays, where oneDNN multiplies all (True), and elsewhere.
+
+A narrower one is slower by oneDNN, and so is making its input again.
+"""
 PIECE = 2**19
 """Numbers of an attention map on which the backward pass of an attention works at a time, so that they stay in a cache."""
 
@@ -133,7 +136,12 @@ class Sparing(TorchFunctionMode):
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """[... c], [d c], [d] -> [... d]"""
         self.latest = None
-        if not is_plain(input, weight, bias) or weight.numel() < WIDE or input.ndim < 2 or not input.numel():
+        if (
+            not is_plain(input, weight, bias)
+            or weight.numel() < WIDE[by_onednn(gradient=True)]
+            or input.ndim < 2
+            or not input.numel()
+        ):
             return None
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return None
