@@ -7,9 +7,9 @@ Random weights and random images; the recipe's letters, its optimizer and clippi
 finite and the EMA of a teacher that has one: what a step of Lightning's loop is. Beside it are, in turn with the steps, the
 same model as a plain step, which finishes every patch in the last blocks, the multiplications of the step (their operands as
 they lie there), and for MAE the model of transformers. `share of matmul rate` is what the dense model would need (the student
-three times its forward pass, the teacher once, head on all tokens) by the time, over the rate of the multiplications, so that
-work left out counts as speed. The peak of memory is that of a process of its own, imports included. On a GPU the
-blocks are compiled, beside them not, and a step that waits for the device is an error.
+three times its forward pass, the teacher once, head on all tokens) by the time, over the rate of the multiplications, each in
+the quickest way that torch has for it, so that work left out counts as speed. The peak of memory is that of a process of its
+own, imports included. On a GPU the blocks are compiled, beside them not, and a step that waits for the device is an error.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
@@ -179,13 +179,14 @@ class Multiplications(TorchDispatchMode):
         self.found: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.count(*args[-2:])
-        elif function == torch.ops.mkldnn._linear_pointwise.default:
-            self.count(args[0].flatten(0, -2), args[1].t())
-        elif function == torch.ops.aten.mkldnn_linear_backward_weights.default:
-            gradient, input = (operand.to_dense() for operand in args[:2])
-            self.count(gradient.t(), input)
+        match str(function):  # torch may be without oneDNN
+            case "aten.mm.default" | "aten.addmm.default":
+                self.count(*args[-2:])
+            case "mkldnn._linear_pointwise.default":
+                self.count(args[0].flatten(0, -2), args[1].t())
+            case "aten.mkldnn_linear_backward_weights.default":
+                gradient, input = (operand.to_dense() for operand in args[:2])
+                self.count(gradient.t(), input)
         return function(*args, **(kwargs or {}))
 
     def count(self, a: Tensor, b: Tensor) -> None:
@@ -193,12 +194,14 @@ class Multiplications(TorchDispatchMode):
         self.found[(*a.shape, b.shape[1], a.stride(), b.stride(), a.dtype)] += 1
 
 
-LIBRARIES: tuple[Callable[..., Tensor], ...] = (
-    lambda a, b, result: torch.mm(a, b, out=result),
-    lambda a, b, _: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""),
-    lambda a, b, _: torch.ops.aten.mkldnn_linear_backward_weights(a.t().to_mkldnn(), b.to_mkldnn(), b, False)[0],
-)
-"""[m k], [k n], memory for a result -> [m n], by what torch has for it on a CPU; the first also on a GPU."""
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "torch.mm": lambda a, b, result: torch.mm(a, b, out=result),
+    "oneDNN": lambda a, b, _: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""),
+    "oneDNN, as weights' gradients": lambda a, b, _: torch.ops.aten.mkldnn_linear_backward_weights(
+        a.t().to_mkldnn(), b.to_mkldnn(), b, False
+    )[0],
+}
+"""How torch multiplies [m k], [k n], with memory for a result, to [m n]: those of oneDNN on a CPU in float32 alone."""
 
 
 class Matmuls:
@@ -217,9 +220,12 @@ class Matmuls:
         self.device = step.device
         self.weights = {kind: flops[kind] for kind in kinds}
         self.operands = {kind: self.tensors(*kind) for kind in kinds}
-        has_onednn = self.device == "cpu" and torch.backends.mkldnn.is_available()
-        self.libraries = LIBRARIES if has_onednn else LIBRARIES[:1]
-        self.rates = {kind: [list[float]() for _ in self.libraries] for kind in kinds}
+        self.rates = {kind: {way: list[float]() for way in self.ways(kind[-1])} for kind in kinds}
+
+    def ways(self, dtype: torch.dtype) -> list[str]:
+        """Those of `WAYS` that there are."""
+        has_onednn = self.device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        return list(WAYS) if has_onednn else ["torch.mm"]
 
     def tensors(self, m: int, k: int, n: int, of_a: Any, of_b: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Two operands and a result."""
@@ -233,20 +239,23 @@ class Matmuls:
         """Each once; on a GPU ten times, where one is too short to be timed."""
         for kind, operands in self.operands.items():
             times = 1 if self.device == "cpu" else 10
-            for multiply, rates in zip(self.libraries, self.rates[kind], strict=True):
+            for way, rates in self.rates[kind].items():
                 wait(self.device)
                 start = perf_counter()
                 for _ in range(times):
-                    multiply(*operands)
+                    WAYS[way](*operands)
                 wait(self.device)
                 rates.append(2 * kind[0] * kind[1] * kind[2] * times / (perf_counter() - start))
 
-    def rate(self, ways: int = len(LIBRARIES)) -> float:
+    def rate(self, ways: Collection[str] = WAYS.keys()) -> float:
         """FLOP/s: the median of all kinds, weighted by their FLOPs in the step.
 
-        That of a kind is of the quickest of the first so many `ways`: the median of its calls without the warm-up.
+        That of a kind is of the quickest of these `ways`: the median of its calls without the warm-up.
         """
-        quickest = {kind: max(statistics.median(rates[1:]) for rates in each[:ways]) for kind, each in self.rates.items()}
+        quickest = {
+            kind: max(statistics.median(rates[1:]) for way, rates in by_way.items() if way in ways)
+            for kind, by_way in self.rates.items()
+        }
         reached, half = 0.0, sum(self.weights.values()) / 2
         for rate, kind in sorted((rate, kind) for kind, rate in quickest.items()):
             reached += self.weights[kind]
@@ -345,7 +354,7 @@ def measure(recipe: str, arguments: argparse.Namespace) -> None:
         ways[THEIRS] = transformers_step(step.images, step.autocast)
     in_between = {"matmuls": matmuls, "split": lambda: parts.append(step.split())}
     seconds = in_turn({**ways, **in_between}, repetitions, device=device)
-    rate, plain_rate = matmuls.rate(), matmuls.rate(1)
+    rate = matmuls.rate()
     rows: dict[str, dict[str, Any]] = {}
     for way in ways:
         median = statistics.median(seconds[way])
@@ -358,7 +367,9 @@ def measure(recipe: str, arguments: argparse.Namespace) -> None:
         }
     setup = f"{arguments.precision}, batch {arguments.batch_size}, {repetitions} repetitions after a warm-up"
     measured_on = machine("timm", *(["transformers"] if theirs else []), device=device)
-    dense = f"a dense step {flops / 1e12:.3g} TFLOP, matmuls {rate / 1e12:.3g} TFLOP/s (torch.mm {plain_rate / 1e12:.3g})"
+    dense = f"a dense step {flops / 1e12:.3g} TFLOP, matmuls {rate / 1e12:.3g} TFLOP/s"
+    if device == "cpu":
+        dense += f" (torch.mm {matmuls.rate(['torch.mm']) / 1e12:.3g})"
     key = f"step_{name}" if device == "cpu" else f"step_{name}_cuda"
     report(
         key,

@@ -9,7 +9,16 @@ import torch
 import yaml
 from torch import nn
 
-from unimim import BlockMasking, HOGTarget, LinearHead, MaskedImageModeling, MaskTokenStudent, Student, VisibleStudent
+from unimim import (
+    BlockMasking,
+    HOGTarget,
+    LinearHead,
+    MaskedImageModeling,
+    MaskTokenStudent,
+    Student,
+    VisibleStudent,
+    processor,
+)
 
 ROOT = Path(__file__).parent.parent
 OF_A_TASK = {
@@ -125,6 +134,20 @@ def ctrl_c() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(params=["mkl", "both", "onednn"])
+def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Linear layers of any width are multiplied as on a processor where this library is the quicker one.
+
+    "mkl": Intel's; "both": oneDNN for results and MKL for gradients, another with AVX2; "onednn": another with AVX-512.
+    """
+    monkeypatch.setattr(processor, "WIDE", 1)
+    monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 1)
+    monkeypatch.setattr(processor, "is_intel", lambda: request.param == "mkl")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if request.param == "both" else "AVX512")
+    by: str = request.param
+    return by
 
 
 @pytest.fixture(autouse=True)

@@ -33,14 +33,7 @@ from unimim.probing import extract_features
 from unimim.processor import Linear, Sparing, sparing
 from unimim.targets.cache import FixedViews
 
-
-@pytest.fixture(autouse=True, params=[(True, "AVX512"), (False, "AVX2"), (False, "AVX512")], ids=["mkl", "both", "onednn"])
-def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow layers count as wide, and each library multiplies, whatever the processor is."""
-    intel, capability = request.param
-    monkeypatch.setattr(processor, "WIDE", {True: 1, False: 1})
-    monkeypatch.setattr(processor, "is_intel", lambda: intel)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+pytestmark = pytest.mark.usefixtures("multiplied_by")
 
 
 class Called(TorchDispatchMode):
@@ -383,15 +376,30 @@ def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
     assert called.times[fused] == 0  # torch's own choice, which keeps the maps
 
 
-def test_who_multiplies() -> None:
+def test_who_multiplies(multiplied_by: str) -> None:
+    results, gradients = int(multiplied_by != "mkl"), int(multiplied_by == "onednn")
     with Called() as called, Sparing():
         value = nn.Linear(4, 6)(torch.randn(2, 4, requires_grad=True))
-    assert called.times["mkldnn._linear_pointwise.default"] == int(processor.by_onednn(gradient=False))
+    assert called.times["mkldnn._linear_pointwise.default"] == results
     with Called() as called:
         value.sum().backward()
-    assert called.times["mkldnn._linear_pointwise.default"] == int(processor.by_onednn(gradient=True))
-    assert called.times["aten.mkldnn_linear_backward_weights.default"] == int(processor.by_onednn(gradient=True))
-    assert called.times["aten.mm.default"] == 2 * int(not processor.by_onednn(gradient=True))
+    assert called.times["mkldnn._linear_pointwise.default"] == gradients
+    assert called.times["aten.mkldnn_linear_backward_weights.default"] == gradients
+    assert called.times["aten.mm.default"] == 2 * (1 - gradients)
+
+
+def test_two_runs_are_the_same_bits() -> None:
+    """With layers that are wide by themselves, and several threads."""
+    mlp, x = noisy(Mlp(256, 1024)), torch.randn(8, 50, 256, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        mlp.zero_grad()
+        x.grad = None
+        with Sparing():
+            value = mlp(x)
+        value.square().sum().backward()
+        runs.append([value.detach(), x.grad, *(parameter.grad for parameter in mlp.parameters())])
+    assert all(torch.equal(ours, again) for ours, again in zip(*runs, strict=True))
 
 
 def test_after_the_backward_pass_nothing_is_held() -> None:
@@ -411,7 +419,7 @@ def test_after_the_backward_pass_nothing_is_held() -> None:
     assert [ref() for ref in born] == [None for _ in born]
 
 
-def test_only_float32_on_a_cpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_float32_on_a_cpu_is_replaced(multiplied_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Double precision, autocast and a frozen or narrow layer are torch's own."""
     called: list[object] = []
 
@@ -429,11 +437,13 @@ def test_only_float32_on_a_cpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
         with torch.no_grad():
             torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
         assert layer(x[:0]).shape == (0, 6)
-        monkeypatch.setattr(processor, "WIDE", {True: 25, False: 25})
-        assert layer(x).grad_fn is not None
-        assert called == []
-        monkeypatch.setattr(processor, "WIDE", {True: 24, False: 24})
+        by_onednn = multiplied_by == "onednn"
+        monkeypatch.setattr(processor, "WIDE", 24 + by_onednn)
+        monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 25 - by_onednn)
         assert not layer(x).any()
+        monkeypatch.setattr(processor, "WIDE", 25 - by_onednn)
+        monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 24 + by_onednn)
+        assert layer(x).any()
     assert len(called) == 1
 
 
@@ -483,11 +493,12 @@ def without_gradient(kind: str) -> Callable[[], object]:
 @pytest.mark.parametrize(
     "kind", ["features", "probe", "cache", "classes", "classes predicted", "segments", "segments predicted"]
 )
-def test_what_runs_without_a_gradient_is_multiplied_so_too(kind: str) -> None:
+def test_what_runs_without_a_gradient_is_multiplied_so_too(kind: str, multiplied_by: str) -> None:
     run = without_gradient(kind)
-    with torch.no_grad(), Called() as called:
+    with torch.inference_mode(), Called() as called:
         run()
-    assert called.times["mkldnn._linear_pointwise.default"] >= 4 * 4 * int(processor.by_onednn(gradient=False))  # 4 blocks
+    times = called.times["mkldnn._linear_pointwise.default"]
+    assert times == 0 if multiplied_by == "mkl" else times >= 4 * 4  # 4 blocks
 
 
 def test_what_a_user_computes_again_is_plain() -> None:

@@ -131,12 +131,13 @@ class MaskedImageModeling(pl.LightningModule):
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         """[b 3 H W] with pixels in [0, 1] -> the loss."""
-        mask = self.masking(images, self.student.grid_size)  # M  [b h w]
-        selected = self.select(mask)
-        with sparing(self), only(selected, self.last_blocks):  # what no one looks at is not computed to the end
-            with torch.no_grad():
-                target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
-            prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
+        with sparing(self):
+            mask = self.masking(images, self.student.grid_size)  # M  [b h w]
+            selected = self.select(mask)
+            with only(selected, self.last_blocks):  # what no one looks at is not computed to the end
+                with torch.no_grad():
+                    target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
+                prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
         loss: Tensor = self.loss(prediction, pick(target, selected))  # L
         log_loss(self, loss)
         return loss
@@ -324,7 +325,7 @@ class MaskedImageModeling(pl.LightningModule):
         if batch:
             print_once(step_in_words(self.trainer, batch, self.lr))
         if self.global_rank == 0:
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), sparing(self):
                 self.teacher.prepare(self.training_images(), self.student.grid_size)
         if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
             for module in (self.teacher, *self.teacher.networks()):

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-WIDE = {True: 2**14, False: 2**18}
-"""Weights of a linear layer from which on it pays, where oneDNN multiplies all (True), and elsewhere.
-
-A narrower one is slower by oneDNN, and so is making its input again.
-"""
+WIDE = 2**18
+"""Weights of a linear layer from which on it pays: a narrower one is slower by oneDNN, and so is making its input again."""
+WIDE_BY_ONEDNN = 2**14
+"""The same where oneDNN multiplies all, and twice as quickly: a ViT of width 192 is a third quicker, one of 96 a fifth."""
 PIECE = 2**19
 """Numbers of an attention map on which the backward pass of an attention works at a time, so that they stay in a cache."""
 
@@ -35,8 +34,9 @@ def sparing(task: nn.Module) -> AbstractContextManager[Any]:
       finds that nothing came of it.)
     - Attention with a bias that learns is the fused kernel, which torch has for one that does not.
 
-    What is made within it is differentiated once, backwards: twice, forwards or by `torch.func` is an error. A task goes
-    without if it has modules that are compiled, sharded by FSDP2, or compute their activations again.
+    What is made within it is differentiated once, backwards: twice, forwards or by `torch.func` is an error. Without a gradient
+    only the multiplications are others. A task goes without if its parameters are not on a CPU, or if it has modules that are
+    compiled, sharded by FSDP2, or compute their activations again.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in task.parameters())
     has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
@@ -136,12 +136,8 @@ class Sparing(TorchFunctionMode):
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """[... c], [d c], [d] -> [... d]"""
         self.latest = None
-        if (
-            not is_plain(input, weight, bias)
-            or weight.numel() < WIDE[by_onednn(gradient=True)]
-            or input.ndim < 2
-            or not input.numel()
-        ):
+        wide = WIDE_BY_ONEDNN if by_onednn(gradient=True) else WIDE
+        if not is_plain(input, weight, bias) or weight.numel() < wide or input.ndim < 2 or not input.numel():
             return None
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return None
@@ -234,8 +230,9 @@ def is_intel() -> bool:
 def by_onednn(gradient: bool) -> bool:
     """Which library is the quicker one, for a layer's result or for its gradients: oneDNN, else torch's own, MKL on x86.
 
-    As measured with two threads: on a Xeon with AVX-512 MKL was 5 to 10 % quicker in all; on an EPYC with AVX-512, of which MKL
-    makes no use on AMD's processors, oneDNN was twice as quick in all; on one with AVX2 only in the results.
+    As measured with two threads: on a Xeon with AVX-512 MKL was 5 to 10 % quicker in results (gradients were not tried); on an
+    EPYC with AVX-512, of which MKL makes no use on AMD's processors, oneDNN was twice as quick in both; on an EPYC with AVX2 it
+    was 10 to 35 % quicker in results, and slower in gradients.
     """
     return not is_intel() and (not gradient or torch.backends.cpu.get_cpu_capability() == "AVX512")
 
@@ -248,15 +245,14 @@ def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gra
     return product
 
 
-def over_rows(gradient: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a layer's result, [n d], with its input, [n c] -> gradients of weight, [d c], and bias, [d]"""
+def over_rows(gradient: Tensor, input: Tensor, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """Of a layer's result, [n d], with its input, [n c] -> gradients of weight, [d c], and, if it `sums`, of bias, [d]"""
     if not by_onednn(gradient=True):
-        return gradient.t() @ input, gradient.sum(0)
-    # 15 % quicker than `multiplied`, which copies the transposed gradient; of the third tensor only the type is looked at
-    made: tuple[Tensor, Tensor] = torch.ops.aten.mkldnn_linear_backward_weights(
-        gradient.to_mkldnn(), input.to_mkldnn(), input, True
-    )
-    return made
+        return gradient.t() @ input, gradient.sum(0) if sums else None
+    # 15 % quicker than `multiplied`, where torch copies the gradient transposed; of the third tensor only the type is looked at
+    operands = gradient.to_mkldnn(), input.to_mkldnn(), input
+    product, total = torch.ops.aten.mkldnn_linear_backward_weights(*operands, sums)
+    return product, total if sums else None
 
 
 class Linear(torch.autograd.Function):
@@ -303,16 +299,18 @@ class Linear(torch.autograd.Function):
         _, wants_scale, _, wants_input, wants_weight, wants_bias, *rest = ctx.needs_input_grad
         of_scale = of_input = of_weight = of_bias = None
         whole, gradient = gradient.shape[:-1], gradient.flatten(0, -2)
+        sums = wants_bias or (wants_scale and bias is not None)
         if ctx.wants_product:
-            product, total = over_rows(gradient, (ctx.by(*of) if ctx.by else of[0]).flatten(0, -2))
+            product, total = over_rows(gradient, (ctx.by(*of) if ctx.by else of[0]).flatten(0, -2), sums)
             if wants_scale:  # of sum(gradient * (input @ weight.T + bias)) over the rows, without that product
                 of_scale = (product * weight).sum(1)
                 if bias is not None:
                     of_scale += bias * total
             if wants_weight:
                 of_weight = product if scale is None else product.mul_(scale[:, None])
+        else:
+            total = gradient.sum(0) if sums else None
         if wants_bias:
-            total = total if ctx.wants_product else gradient.sum(0)
             of_bias = total if scale is None else total * scale
         if wants_input:  # the last, when the input that was made again is gone
             scaled = gradient if scale is None else gradient * scale
