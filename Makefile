@@ -37,7 +37,7 @@ $(DEBIAN):
 	  { apt-get -q $$own update && apt-get -q $$own download dataset-fashion-mnist; }; } && \
 	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm -rf dataset-fashion-mnist_*.deb apt || { rm -rf ../debian; false; }
 
-demo: install  ## pretrain a small student with three targets on real images, compare, draw (12 minutes on 2 cores)
+demo: install  ## pretrain a small student with three targets on real images, compare, draw (7 to 17 minutes on 2 cores)
 	$(CPU_MEMORY) $(BIN)/python benchmarks/demo.py
 
 demo-readme: install  ## put the demo's table and figure into README and docs
