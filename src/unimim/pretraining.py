@@ -325,7 +325,7 @@ class MaskedImageModeling(pl.LightningModule):
         if batch:
             print_once(step_in_words(self.trainer, batch, self.lr))
         if self.global_rank == 0:
-            with self.trainer.precision_plugin.forward_context(), sparing(self):
+            with self.trainer.precision_plugin.forward_context():
                 self.teacher.prepare(self.training_images(), self.student.grid_size)
         if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
             for module in (self.teacher, *self.teacher.networks()):

@@ -184,7 +184,7 @@ class FixedViews(pl.Callback):
         Where another run does the same at the same time, the folder of the first stays, and is that of both.
         """
         teacher = self.target.teacher
-        with trainer.precision_plugin.forward_context(), sparing(pl_module):
+        with trainer.precision_plugin.forward_context():
             teacher.prepare(pl_module.training_images(), pl_module.student.grid_size)
         with whole((self.target.folder / MADE_WITH).parent) as part:
             part.mkdir()
