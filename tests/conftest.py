@@ -129,11 +129,9 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """Counts in the next test too, and in the processes that it starts: after one Lightning ignores it."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
+def ctrl_c() -> None:
+    """Counts in each test and the processes it starts: Lightning ignores it after one, a job in the background always."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["mkl", "both", "onednn"])
