@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 WIDE = 2**18
 """Weights of a linear layer from which on it pays: a narrower one is slower by oneDNN, and so is making its input again."""
 WIDE_BY_ONEDNN = 2**14
-"""The same where oneDNN multiplies all, and twice as quickly: a ViT of width 192 is a third quicker, one of 96 a fifth."""
+"""The same where oneDNN multiplies all."""
 PIECE = 2**19
 """Numbers of an attention map on which the backward pass of an attention works at a time, so that they stay in a cache."""
 
@@ -249,7 +249,7 @@ def over_rows(gradient: Tensor, input: Tensor, sums: bool) -> tuple[Tensor, Tens
     """Of a layer's result, [n d], with its input, [n c] -> gradients of weight, [d c], and, if it `sums`, of bias, [d]"""
     if not by_onednn(gradient=True):
         return gradient.t() @ input, gradient.sum(0) if sums else None
-    # 15 % quicker than `multiplied`, where torch copies the gradient transposed; of the third tensor only the type is looked at
+    # quicker than `multiplied`, where torch copies the gradient transposed; of the third tensor only the type is looked at
     operands = gradient.to_mkldnn(), input.to_mkldnn(), input
     product, total = torch.ops.aten.mkldnn_linear_backward_weights(*operands, sums)
     return product, total if sums else None
