@@ -12,6 +12,7 @@ import unimim
 SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
+    "files": 0,
     "selection": 0,
     "pictures": 0,
     "processor": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "upernet": 2,
     "overlays": 2,
     "losses": 2,
+    "task": 2,
     "launching": 2,
     "optim": 2,
     "sharding": 2,

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from unimim import FeatureTarget, Frozen, HOGTarget, LayerNorm, PixelTarget
-from unimim.backbones import load_strictly, read_state_dict, refuse_wrong_gelu
+from unimim.backbones import refuse_wrong_gelu
+from unimim.files import load_strictly, read_state_dict
 from unimim.interfaces import Grid
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

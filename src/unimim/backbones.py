@@ -1,13 +1,8 @@
-"""Networks by their timm name, and their weights from a file: the one door to timm, with errors of one line."""
+"""Networks by their timm name: the one door to timm, with errors of one line."""
 
-import argparse
 import difflib
-import json
-import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,8 +11,6 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
 RESERVED = ("pretrained", "checkpoint_path")
-ENCODERS = ("student.backbone.", "backbone.")
-"""Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
 
 
 def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> Any:
@@ -135,118 +128,3 @@ def nearest(name: str, known: list[str]) -> str:
     """' Nearest: a, b, c', or nothing when no known name resembles `name`."""
     matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f" Nearest: {', '.join(matches)}" if matches else ""
-
-
-def is_in_shards(path: str | Path) -> bool:
-    """Whether it is a checkpoint of `ModelParallelStrategy`: a folder with a file of each process."""
-    return (Path(path) / "meta.pt").is_file()
-
-
-def read_file(path: str | Path) -> Any:
-    """What a `.safetensors` file or a file of `torch.save` holds; its pickle may hold nothing but tensors and plain data.
-
-    An `argparse.Namespace` counts as plain data: the official codes keep their arguments beside the weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, of another kind, a folder of shards, or a pickle that wants to run code.
-    """
-    path = Path(path)
-    if is_in_shards(path):
-        raise ValueError(
-            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
-            f"{path} --output_file FILE"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} to read weights from")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ValueError(f"{path} holds no weights, it is empty")
-    if path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as tensors:
-                described = (tensors.metadata() or {}).get("backbone")  # as `checkpoint.export` writes it
-                weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (it is no dict)
-            return {"state_dict": weights, "backbone": json.loads(described)} if described else weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({wanted[1]}, which could run code)" if wanted else ""
-        raise ValueError(
-            f"{path} is refused: its pickle holds more than tensors and plain data{what}; whoever trusts it can save its "
-            f"state_dict() alone"
-        ) from error
-    except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
-        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """`state_dict_in` the content of a file.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_file` and `state_dict_in`.
-    """
-    return state_dict_in(read_file(path), path)
-
-
-def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The tensors in the content of a file of weights; a dict that wraps them in `state_dict`, `model` or `module` is opened.
-
-    Of a checkpoint of ours it is the encoder's.
-
-    Raises:
-        ValueError: `path` holds something else than a state dict.
-    """
-    if description(content):
-        whole = content["state_dict"]
-        encoder = next((prefix for prefix in ENCODERS if any(key.startswith(prefix) for key in whole)), "")
-        content = {key.removeprefix(encoder): value for key, value in whole.items() if key.startswith(encoder)}
-    for key in ("state_dict", "model", "module"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
-    return content
-
-
-def description(content: Any) -> dict[str, Any] | None:
-    """What a checkpoint of ours, or a file exported from one, says of its backbone; None of other files.
-
-    Keys: name, model_args, mean, std.
-    """
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        return None
-    found = content.get("backbone")
-    return found if isinstance(found, dict) and {"name", "model_args", "mean", "std"} <= set(found) else None
-
-
-def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
-    """Loads every key or none.
-
-    Raises:
-        ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
-    """
-    expected = module.state_dict()
-    found = listed(
-        missing=[key for key in expected if key not in state_dict],
-        unexpected=[key for key in state_dict if key not in expected],
-        of_another_shape=[
-            f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
-            for key in expected
-            if key in state_dict and state_dict[key].shape != expected[key].shape
-        ],
-    )
-    if found:
-        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
-    module.load_state_dict(state_dict)
-
-
-def listed(**problems: list[str]) -> str:
-    """'2 missing (a, b); 1 unexpected (c)', the first few of each kind, or nothing."""
-    return "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
-from unimim.backbones import create_backbone, description, listed, read_file, state_dict_in
+from unimim.backbones import create_backbone
+from unimim.files import CHECKSUM, description, header_checksum, listed, read_file, state_dict_in, with_checksum
 from unimim.interfaces import Grid, Student
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
@@ -420,9 +421,11 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
     destination.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in backbone.state_dict().items()}
     if format == "timm":
-        torch.save({"state_dict": weights, "backbone": report.backbone}, destination)
+        torch.save(with_checksum({"state_dict": weights, "backbone": report.backbone}), destination)
     else:
-        save_file(weights, destination, metadata={"format": "pt", "backbone": json.dumps(report.backbone)})
+        described = json.dumps(report.backbone)
+        metadata = {"format": "pt", "backbone": described, CHECKSUM: header_checksum(weights, described)}
+        save_file(weights, destination, metadata=metadata)
     card.write_text(model_card(content, report, destination))
     return destination
 

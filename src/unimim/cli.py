@@ -54,8 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
     subcommands = TASKS[task][1]
     if subcommands and len(words) > 1 and not words[1].startswith("-") and words[1] not in subcommands:
         unknown(f"subcommand of {task}", words[1], subcommands)
-    if str(Path.cwd()) not in sys.path:  # so that a user's own mytarget.MeanColor is found
-        sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())  # last: a user's own mytarget.MeanColor is found, an einops.py is not taken for the library
+    sys.path[:] = [*(path for path in sys.path if path not in ("", here)), here]
     from unimim import commands, sweeping
 
     getattr(sweeping if task == "sweep" else commands, task)(words[1:])

@@ -35,11 +35,11 @@ from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_s
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
-from unimim.backbones import description, is_in_shards, load_strictly, read_file
 from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.faults import StopOnSignal
+from unimim.files import check_plain, description, is_in_shards, load_strictly, read_file
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
@@ -272,6 +272,8 @@ class TaskCLI(LightningCLI):
             if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
                 found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
+        for key, value in model_arguments(config.model, "model"):
+            check_plain(value, key)
 
     def instantiate_classes(self) -> None:
         """Looks for the checkpoint of `--resume auto`, once the configuration is what a run saves; looks at Slurm before."""
@@ -493,11 +495,13 @@ class WholeModelCLI(TaskCLI, ABC):
             if key in given and given[key] != value:
                 sys.exit(f"unimim: error: model.{key} is {given[key]}, of {config.ckpt_path} it is {value}: leave it out")
         for key, value in {**self.remembered(content, given), **layers}.items():
+            check_plain(value, f"{config.ckpt_path}: hyper_parameters.{key}")
             config.model[key] = value
         config.model.model_args = {**described["model_args"], **(given.get("model_args") or {})}
         config.model.checkpoint = None  # the weights come from ckpt_path
         if self.config.subcommand == "predict" and config.data is not None:
             for key, value in self.photos_as_trained_on(content).items():
+                check_plain(value, f"{config.ckpt_path}: datamodule_hyper_parameters.{key}")
                 if key in config.data.init_args and f"data.init_args.{key}" not in all_given:
                     config.data.init_args[key] = value
         self.weights = content["state_dict"]
@@ -798,6 +802,16 @@ def differing(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | N
     names = [name for name in names if (name in ours) == (name in theirs) or not of_a_class]
     found = (differing(ours.get(name), theirs.get(name), f"{key}.{name}".lstrip(".")) for name in names)
     return next((difference for difference in found if difference), None)
+
+
+def model_arguments(config: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields each `model_args` in a parsed configuration with its key; jsonargparse would make the classes that it names."""
+    if isinstance(config, Namespace):
+        for key, value in vars(config).items():
+            if key == "model_args":
+                yield f"{path}.{key}", value.as_dict() if isinstance(value, Namespace) else value
+            else:
+                yield from model_arguments(value, f"{path}.{key}")
 
 
 def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:

@@ -20,10 +20,11 @@ from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
+from unimim.task import Task
 from unimim.waiting import log_loss
 
 
-class FineTuning(pl.LightningModule):
+class FineTuning(Task):
     """Cross-entropy on the logits of a timm classifier, with a lower learning rate for lower layers.
 
     The recipe's defaults here are plain; `conf/finetune` has the published ones. A subclass overrides what it wants otherwise:
@@ -231,6 +232,7 @@ class FineTuning(pl.LightningModule):
         Raises:
             ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None:
@@ -281,6 +283,7 @@ class FineTuning(pl.LightningModule):
         Raises:
             ValueError: the data has other classes than the checkpoint.
         """
+        super().on_load_checkpoint(checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

@@ -24,6 +24,7 @@ from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.selection import LastBlock, counted, inverse, only, pick
 from unimim.sharding import blocks, broadcast_parameters, shard
+from unimim.task import Task
 from unimim.waiting import log_loss
 
 LETTERS = {
@@ -39,7 +40,7 @@ REGRESSION: tuple[type[nn.Module], ...] = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Los
 CLASSIFICATION: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, SoftCrossEntropyLoss)
 
 
-class MaskedImageModeling(pl.LightningModule):
+class MaskedImageModeling(Task):
     """L( N(T(x)), H(S(M(x))) ): masked image modeling in six parts ("A Unified View of Masked Image Modeling", eq. 1).
 
     A subclass overrides what it wants otherwise: `training_step`, `select`, `configure_optimizers`, `pictures`, or
@@ -292,6 +293,7 @@ class MaskedImageModeling(pl.LightningModule):
         Raises:
             ValueError: as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         strategy = self.trainer.strategy
         on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))

@@ -24,6 +24,7 @@ from unimim.launching import check_processes
 from unimim.optim import parameter_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
+from unimim.task import Task
 
 Feature = Literal["mean", "cls"]
 """One vector an image: the mean of the patch tokens, or the CLS token."""
@@ -269,7 +270,7 @@ def loaded(backbone: str | nn.Module) -> Any:
     return backbone
 
 
-class Probe(pl.LightningModule, ABC):
+class Probe(Task, ABC):
     """A frozen backbone and, for each learning rate, a head that learns to classify its tokens.
 
     A batch passes the backbone once, and then all heads. They start from the same weights, each has its own rate and its
@@ -339,6 +340,7 @@ class Probe(pl.LightningModule, ABC):
                 f"trainer.strategy: of a probe the backbone learns nothing, so there is nothing to shard: got "
                 f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
             )
+        super().setup(stage)
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
@@ -440,6 +442,7 @@ class Probe(pl.LightningModule, ABC):
         Raises:
             ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone.
         """
+        super().on_load_checkpoint(checkpoint)
         ours: dict[str, Any] = {}
         self.on_save_checkpoint(ours)
         if "probe" not in checkpoint:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import distributed
+
+from unimim.files import check_checkpoint, read_pickle, with_checksum
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -38,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save(with_checksum(checkpoint), file)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(destination)
@@ -67,30 +68,19 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is complete: a file of torch.save with all its sums right, or a folder of shards.
+    """Returns whether a checkpoint is complete and undamaged: a file of torch.save, or a folder of shards.
 
-    Of such a folder, torch's writer waits until each shard is on the disk, then writes `.metadata`, which says where in which
-    file each part is; Lightning writes `meta.pt` last. So all files have to be as long as that, and where a folder is written
-    over, what process 0 wrote, which is all three kinds, no younger than `meta.pt`. (Other nodes' clocks may be ahead.)
+    Where a folder is written over, a kill leaves files of both saves: what process 0 writes must be no younger than `meta.pt`,
+    which Lightning writes last. (Other nodes' clocks may be ahead.)
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # a third of the time that all of unimim takes
-
     try:
+        check_checkpoint(path)
         if path.is_dir():
-            # A pickle, as Lightning reads it when the run goes on: to be asked only of folders that the run itself has written.
-            placed = FileSystemReader(path).read_metadata().storage_data.values()
-            lengths = {name: (path / name).stat().st_size for name in {part.relative_path for part in placed}}
-            last = path / "meta.pt"
-            of_one_process = [path / ".metadata", *path.glob("__0_*")]
-            return (
-                all(part.offset + part.length <= lengths[part.relative_path] for part in placed)
-                and all(file.stat().st_mtime_ns <= last.stat().st_mtime_ns for file in of_one_process)
-                and is_whole(last)
-            )
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except Exception:  # of a file that is cut off or damaged, zipfile and pickle raise many kinds
+            last = (path / "meta.pt").stat().st_mtime_ns
+            return all(file.stat().st_mtime_ns <= last for file in (path / ".metadata", *path.glob("__0_*")))
+    except (ValueError, OSError):
         return False
+    return True
 
 
 def run_folder(trainer: pl.Trainer) -> str:
@@ -127,23 +117,14 @@ class KeepRecipe(pl.Callback):
         checkpoint["recipe"] = self.recipe
 
 
-def recipe_in(path: Path) -> Any:
-    """The recipe that a checkpoint comes from: empty where it has none, None where the checkpoint is not complete.
-
-    Raises:
-        ValueError: it is complete, and yet cannot be read.
-    """
-    file = path / "meta.pt" if path.is_dir() else path
+def recipe_in(path: Path) -> dict[str, Any] | None:
+    """Returns the recipe that a checkpoint comes from: empty where it has none, None where the checkpoint cannot be read."""
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of a file that is cut off, torch raises many kinds
-        if not is_whole(file):
-            return None
-        raise ValueError(
-            f"--resume auto: {path} is complete, but not what a training has saved ({type(error).__name__}): move it "
-            f"elsewhere, or give --ckpt_path FILE"
-        ) from error
-    return (content.get("recipe") or {}) if isinstance(content, dict) else {}
+        content = read_pickle(path / "meta.pt" if path.is_dir() else path, mmap=True, verify=False)
+    except (ValueError, OSError):
+        return None
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def replace(trainer: pl.Trainer, earlier: Path, new: Path) -> None:

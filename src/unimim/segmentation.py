@@ -26,6 +26,7 @@ from unimim.overlays import label_picture, overlay
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
+from unimim.task import Task
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
 from unimim.waiting import log_loss
 
@@ -35,7 +36,7 @@ KEPT_SIZES = 2
 """Of whole images, for which a resized backbone is kept."""
 
 
-class UperNetSegmentation(pl.LightningModule):
+class UperNetSegmentation(Task):
     """Cross-entropy on every pixel's logits of UperNet, with a lower learning rate for lower layers of the backbone.
 
     The recipe's defaults are BEiT v2's for a ViT-B on ADE20K. In a validation and on a photo, a backbone that was built for one
@@ -423,6 +424,7 @@ class UperNetSegmentation(pl.LightningModule):
             ValueError: the data has no labels, or another number of classes; a batch of one image, which batch norm cannot
                 train on; and as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         synchronised = self.synchronise() if stage == "fit" else False
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -486,6 +488,7 @@ class UperNetSegmentation(pl.LightningModule):
         Raises:
             ValueError: the data has other classes than the checkpoint.
         """
+        super().on_load_checkpoint(checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

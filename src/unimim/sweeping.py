@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 
-from unimim.backbones import read_file
 from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, settings
 from unimim.faults import StopOnSignal
+from unimim.files import read_file
 from unimim.pretraining import MaskedImageModeling
 from unimim.randomness import derived_seed
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import load_strictly, own_seed, read_state_dict
+from unimim.backbones import own_seed
+from unimim.files import load_strictly, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 STRIDE = 8

@@ -8,16 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import (
-    check_name,
-    check_object,
-    create_backbone,
-    description,
-    load_strictly,
-    own_seed,
-    read_file,
-    state_dict_in,
-)
+from unimim.backbones import check_name, check_object, create_backbone, own_seed
+from unimim.files import description, load_strictly, read_file, state_dict_in
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
 from unimim.positions import resized_positions
 from unimim.selection import last_block

@@ -9,7 +9,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import check_object, create_backbone, load_strictly, own_seed, read_file, read_state_dict
+from unimim.backbones import check_object, create_backbone, own_seed
+from unimim.files import load_strictly, read_file, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
 ROWS_AT_ONCE = 8192

@@ -1,0 +1,418 @@
+"""What is read from a file of weights: tensors and plain data, verified; nothing in it is run, imported or followed."""
+
+import argparse
+import io
+import json
+import math
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+ENCODERS = ("student.backbone.", "backbone.")
+"""Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
+CHECKSUM = "checksum"
+"""The key under which checkpoints and exports keep the `checksum` of their tensors."""
+FOLDER = 0x10
+"""A bit in the zip's directory: torch reads zeros for an entry that has it, and no other checksum covers it."""
+CHANGED = "its tensors are not those that were written"
+DEEPEST = 32
+"""Levels of nested lists and dicts in plain data."""
+
+
+def read_file(path: str | Path) -> Any:
+    """Reads a `.safetensors` file or a file of `torch.save`, and verifies it.
+
+    A pickle may hold tensors and plain data only; an `argparse.Namespace` counts as plain data, because the official codes keep
+    their arguments beside the weights. What a checkpoint of ours says of its backbone is checked too (`check_description`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another kind, a folder of shards, a pickle that wants to run code, or says of its
+            backbone what no file may say.
+    """
+    path = Path(path)
+    if is_in_shards(path):
+        check_shards(path)
+        raise ValueError(
+            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
+            f"{path} --output_file FILE"
+        )
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    check_description(content, path)
+    return content
+
+
+def read_safetensors(path: Path) -> Any:
+    """Reads a `.safetensors` file: its tensors, and what an export of ours says of the backbone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_start(path)
+    try:
+        with safe_open(path, "pt") as tensors:
+            metadata = tensors.metadata() or {}
+            weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (it is no dict)
+        described = json.loads(metadata["backbone"]) if "backbone" in metadata else None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+    if CHECKSUM in metadata and metadata[CHECKSUM] != header_checksum(weights, metadata.get("backbone", "")):
+        raise ValueError(damaged(path, CHANGED))
+    return weights if described is None else {"state_dict": weights, "backbone": described}
+
+
+def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
+    """Reads a file of `torch.save`, and verifies it.
+
+    Of a zip, torch's format since 1.6, the CRC of every entry is verified, and the tensors by the checksum that our own
+    checkpoints keep. Older files have no checksum of any kind.
+
+    Args:
+        mmap: leaves the tensors of a zip on the disk until they are used.
+        verify: False leaves the verification to a later call, where only some of many files will be used.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`.
+    """
+    check_start(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            zipped = zipfile.is_zipfile(path)
+            if not zipped or not verify:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                storages = [entry for entry in entries if "/data/" in entry.filename]
+                check_entries(archive, [entry for entry in entries if entry not in storages])
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+                if not isinstance(content, dict) or CHECKSUM not in content:
+                    check_entries(archive, storages)
+                elif content[CHECKSUM] != checksum(content):
+                    raise zipfile.BadZipFile(CHANGED)
+                return content
+    except zipfile.BadZipFile as error:
+        raise ValueError(damaged(path, error)) from error
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({wanted[1]}, which could run code)" if wanted else ""
+        raise ValueError(
+            f"{path} is refused: its pickle holds more than tensors and plain data{what}; whoever trusts it can save its "
+            f"state_dict() alone"
+        ) from error
+    except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
+        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+
+
+def check_start(path: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, or begins as no file of weights does.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} to read weights from")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ValueError(f"{path} holds no weights, it is empty")
+    if path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
+
+
+def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
+    """Reads entries of a zip to their end, where their CRC is compared.
+
+    Raises:
+        BadZipFile: one has another CRC, or is marked as a folder.
+    """
+    for entry in entries:
+        if entry.external_attr & FOLDER:
+            raise zipfile.BadZipFile(f"{entry.filename} is marked as a folder")
+        with archive.open(entry) as content:
+            while content.read(2**20):
+                pass
+
+
+def damaged(path: Path, why: object) -> str:
+    """One line for a file whose bytes changed after it was written."""
+    return f"{path} is damaged ({why}): copy or download it again, or take an earlier checkpoint"
+
+
+def checksum(content: Any) -> int:
+    """Returns the CRC-32 of all tensors in nested dicts, lists and tuples: of the name, dtype, shape and bytes of each."""
+    total = 0
+    for name, tensor in tensors_in(content, ""):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(content_of(tensor.cpu()), total)
+    return total
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a file with the checksum of its tensors, as `read_pickle` expects it."""
+    return {**content, CHECKSUM: checksum(content)}
+
+
+def header_checksum(weights: dict[str, Tensor], described: str) -> str:
+    """Returns the checksum that stands in the header of a `.safetensors` file, of the tensors and of the rest of the header."""
+    return str(zlib.crc32(described.encode(), checksum(dict(sorted(weights.items())))))
+
+
+def tensors_in(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the plain tensors in nested dicts, lists and tuples with their names; not sparse, quantized or meta tensors."""
+    if type(content) in (Tensor, nn.Parameter):
+        if content.layout is torch.strided and not content.is_quantized and not content.is_meta:
+            yield name, content
+    elif isinstance(content, (dict, list, tuple)):
+        for key, part in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from tensors_in(part, f"{name}.{key}")
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor on the CPU; those of a contiguous one are not copied."""
+    return tensor.detach().flatten().view(torch.uint8).numpy().data
+
+
+# Plain data
+
+
+def check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """
+    Args:
+        where: the file and the key, for the message.
+
+    Raises:
+        ValueError: the value is not None, a boolean, a number, a string, or a list or dict of these; a dict names a class.
+    """
+    if isinstance(value, dict) and depth < DEEPEST:
+        if "class_path" in value:
+            raise ValueError(refusal(where, f"the class {value['class_path']!r}"))
+        for key, part in value.items():
+            if not isinstance(key, (str, int)):
+                raise ValueError(refusal(where, f"a dict with the key {key!r}"))
+            check_plain(part, f"{where}.{key}", depth + 1)
+    elif isinstance(value, (list, tuple)) and depth < DEEPEST:
+        for place, part in enumerate(value):
+            check_plain(part, f"{where}[{place}]", depth + 1)
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ValueError(refusal(where, f"a {type(value).__name__}"))
+
+
+def refusal(where: str, what: str) -> str:
+    """One line for a value that is more than data."""
+    return f"{where} is refused: it is {what}, where only names, numbers, strings, booleans, lists and dicts of these may stand"
+
+
+def description(content: Any) -> dict[str, Any] | None:
+    """Returns what a checkpoint of ours, or a file exported from one, says of its backbone; None of other files.
+
+    Keys: name, model_args, mean, std.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        return None
+    found = content.get("backbone")
+    return found if isinstance(found, dict) and {"name", "model_args", "mean", "std"} <= set(found) else None
+
+
+def check_description(content: Any, path: str | Path) -> None:
+    """Checks what a checkpoint of ours says of itself, before anything is made of it.
+
+    Raises:
+        ValueError: the name is not one of timm's own architectures (a hub or a folder, say), model_args are not plain data,
+            mean or std no three numbers, classes no list of strings, or metrics no dict of numbers.
+    """
+    described = description(content)
+    if described is None:
+        return
+    name = described["name"]
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
+        raise ValueError(f"{path}: backbone.name is refused: it is {name!r}, where only a name of timm's own may stand")
+    if not isinstance(described["model_args"], dict):
+        raise ValueError(refusal(f"{path}: backbone.model_args", f"a {type(described['model_args']).__name__}"))
+    check_plain(described["model_args"], f"{path}: backbone.model_args")
+    for key in ("mean", "std"):
+        values = described[key]
+        three = isinstance(values, (list, tuple)) and len(values) == 3 and all(map(is_number, values))
+        if not three or not all(math.isfinite(value) for value in values) or (key == "std" and min(values) <= 0):
+            raise ValueError(f"{path}: backbone.{key} is refused: it is {values!r}, where three numbers have to stand")
+    classes, metrics = content.get("classes", []), content.get("metrics", {})
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(refusal(f"{path}: classes", "no list of strings"))
+    if not isinstance(metrics, dict) or not all(isinstance(k, str) and is_number(v) for k, v in metrics.items()):
+        raise ValueError(refusal(f"{path}: metrics", "no dict of numbers"))
+    if not isinstance(content.get("pretrained_from"), (str, type(None))):
+        raise ValueError(refusal(f"{path}: pretrained_from", f"a {type(content['pretrained_from']).__name__}"))
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is an int or a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# State dicts
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Returns `state_dict_in` the content of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file` and `state_dict_in`.
+    """
+    return state_dict_in(read_file(path), path)
+
+
+def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """Returns the tensors in the content of a file; a dict that wraps them in `state_dict`, `model` or `module` is opened.
+
+    Of a checkpoint of ours they are the encoder's.
+
+    Raises:
+        ValueError: `path` holds something else than a state dict.
+    """
+    if description(content):
+        whole = content["state_dict"]
+        encoder = next((prefix for prefix in ENCODERS if any(key.startswith(prefix) for key in whole)), "")
+        content = {key.removeprefix(encoder): value for key, value in whole.items() if key.startswith(encoder)}
+    for key in ("state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
+    return content
+
+
+def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
+    """Loads every key or none.
+
+    Raises:
+        ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
+    """
+    expected = module.state_dict()
+    found = listed(
+        missing=[key for key in expected if key not in state_dict],
+        unexpected=[key for key in state_dict if key not in expected],
+        of_another_shape=[
+            f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
+            for key in expected
+            if key in state_dict and state_dict[key].shape != expected[key].shape
+        ],
+    )
+    if found:
+        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
+    module.load_state_dict(state_dict)
+
+
+def listed(**problems: list[str]) -> str:
+    """Returns '2 missing (a, b); 1 unexpected (c)', the first few of each kind, or nothing."""
+    return "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys)
+
+
+# Shards
+
+
+def is_in_shards(path: str | Path) -> bool:
+    """Returns whether a path is a checkpoint of `ModelParallelStrategy`: a folder with a file of each process."""
+    return (Path(path) / "meta.pt").is_file()
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Verifies a file of a training, or a folder of shards, before Lightning reads it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file` and `check_shards`.
+    """
+    if is_in_shards(path):
+        check_shards(Path(path))
+    else:
+        read_pickle(Path(path), mmap=True)
+
+
+def check_shards(folder: Path) -> None:
+    """Verifies every file of a folder of shards, and that no pickle in it runs code: Lightning and torch would let it.
+
+    torch's writer waits until each shard is on the disk, then writes `.metadata`, which says where in which file each part is;
+    Lightning writes `meta.pt` last. Each part is a file of `torch.save`: its CRCs are verified, and its shape and dtype are
+    compared with what `.metadata` says of it.
+
+    Raises:
+        ValueError: a file is missing, damaged, or wants to run code.
+    """
+    read_pickle(folder / "meta.pt", mmap=True)
+    try:
+        metadata = read_metadata(folder / ".metadata")
+        expected = {
+            (name, tuple(chunk.offsets)): (tuple(chunk.sizes), tensor.properties.dtype)
+            for name, tensor in metadata.state_dict_metadata.items()
+            for chunk in getattr(tensor, "chunks", [])
+        }
+        found = {}
+        for index, part in metadata.storage_data.items():
+            name = part.relative_path
+            if Path(name).name != name:
+                raise pickle.UnpicklingError(f".metadata names the file {name!r} outside of the folder")
+            with (folder / name).open("rb") as file:
+                file.seek(part.offset)
+                content = io.BytesIO(file.read(part.length))
+            with zipfile.ZipFile(content) as archive:
+                check_entries(archive, archive.infolist())
+            value = torch.load(content, map_location="cpu", weights_only=True)
+            if index.offset is not None:
+                found[index.fqn, tuple(index.offset)] = tuple(value.shape), value.dtype
+        if found != expected:
+            raise EOFError("the parts are not those of .metadata")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{folder} is refused: it holds more than tensors and plain data, or is damaged ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # of a damaged pickle and of parts that are cut off, many kinds: all mean the same to the user
+        raise ValueError(damaged(folder, f"{type(error).__name__}: {error}".splitlines()[0])) from error
+
+
+def read_metadata(path: Path) -> Any:
+    """Reads the `.metadata` of a folder of shards, a pickle, and makes nothing but the classes that torch writes there.
+
+    Raises:
+        UnpicklingError: it names another class or function.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return MetadataUnpickler(file).load()
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """A pickle of torch.distributed.checkpoint's metadata, of whose names only those of plain records are looked up."""
+
+    records: ClassVar[dict[str, tuple[str, ...]]] = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+        "collections": ("OrderedDict",),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """
+        Raises:
+            UnpicklingError: the name is not one of `records`.
+        """
+        if name not in self.records.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which could run code")
+        return super().find_class(module, name)
