@@ -437,7 +437,7 @@ def model_card(content: dict[str, Any], report: LoadReport, destination: Path) -
     statistics = (f"{key} = {tuple(round(number, 4) for number in report.backbone[key])}" for key in ("mean", "std"))
     recipe = {key: value for key, value in content.get("hyper_parameters", {}).items() if not key.startswith("_")}
     data = {key: value for key, value in content.get("datamodule_hyper_parameters", {}).items() if not key.startswith("_")}
-    data |= {"root": Path(data["root"]).name} if "root" in data else {}  # the rest of the path is nobody's business
+    data |= {"root": Path(str(data["root"])).name} if "root" in data else {}  # the rest of the path is nobody's business
     training = {key: content[key] for key in ("epoch", "global_step") if key in content}
     metrics = {name: f"{value:.4g}" for name, value in content.get("metrics", {}).items()}
     sections = {

@@ -39,7 +39,7 @@ from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.faults import StopOnSignal
-from unimim.files import check_plain, description, is_in_shards, load_strictly, read_file
+from unimim.files import check_checkpoint, check_plain, description, is_in_shards, load_strictly, read_file
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
@@ -267,11 +267,14 @@ class TaskCLI(LightningCLI):
             sys.exit(f"unimim: error: --resume auto {reason}")
         if checkpoint not in (None, "hpc") and is_in_shards(checkpoint):
             check_shards(checkpoint, config.trainer.strategy)
+            check_checkpoint(checkpoint)
         elif checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
             found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
             if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
                 found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
+        elif checkpoint not in (None, "hpc") and reads_shards(config.trainer.strategy):
+            check_checkpoint(checkpoint)  # such a strategy reads a file by itself, others by AtomicCheckpointIO
         for key, value in model_arguments(config.model, "model"):
             check_plain(value, key)
 
@@ -693,13 +696,19 @@ def run_function(function: Callable[..., Result], prog: str, args: list[str]) ->
 
 def check_shards(checkpoint: str, strategy: Any) -> None:
     """Ends with one line where a strategy cannot read a folder of shards."""
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name != "ModelParallelStrategy" and "fsdp" not in name.lower():
+    if not reads_shards(strategy):
+        name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
         sys.exit(
             f"unimim: error: ckpt_path: {checkpoint} is a folder of shards, which trainer.strategy {name} cannot "
             f"read: set it to ModelParallelStrategy, or make the folder one file with python -m "
             f"lightning_fabric.utilities.consolidate_checkpoint {checkpoint} --output_file FILE"
         )
+
+
+def reads_shards(strategy: Any) -> bool:
+    """Returns whether a configured strategy puts a model in shards, and reads its checkpoints by itself."""
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    return name == "ModelParallelStrategy" or "fsdp" in name.lower()
 
 
 def configs_first(words: list[str]) -> list[str]:
@@ -809,9 +818,17 @@ def model_arguments(config: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(config, Namespace):
         for key, value in vars(config).items():
             if key == "model_args":
-                yield f"{path}.{key}", value.as_dict() if isinstance(value, Namespace) else value
+                yield f"{path}.{key}", without_namespaces(value)
             else:
                 yield from model_arguments(value, f"{path}.{key}")
+
+
+def without_namespaces(value: Any) -> Any:
+    """Returns a part of a parsed configuration as dicts and lists."""
+    value = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(value, dict):
+        return {key: without_namespaces(part) for key, part in value.items()}
+    return [without_namespaces(part) for part in value] if isinstance(value, list) else value
 
 
 def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
@@ -849,6 +866,9 @@ class Parser(LightningArgumentParser):
 
     def one_line(self, message: str) -> str:
         """The field, the reason and the nearest known names, of jsonargparse's message in several lines."""
+        if 'in "<unicode string>"' in message:  # of the YAML in a --config
+            what = " ".join(message.removeprefix("Problems parsing config: ").replace('"<unicode string>", ', "").split())
+            return f"--config is no YAML of plain data: {what}"
         keys = re.findall(r'[Pp]arser key "([^"]+)"', message)
         field = ".".join(keys)
         noise = ("Given value", "Expected a <class 'NoneType'>", "Expected a path but", "Subtypes:", "Errors:")

@@ -21,7 +21,7 @@ CHECKSUM = "checksum"
 """The key under which checkpoints and exports keep the `checksum` of their tensors."""
 FOLDER = 0x10
 """A bit in the zip's directory: torch reads zeros for an entry that has it, and no other checksum covers it."""
-CHANGED = "its tensors are not those that were written"
+CHANGED = f"its tensors are not those that were written; where that is meant, delete its entry {CHECKSUM!r}"
 DEEPEST = 32
 """Levels of nested lists and dicts in plain data."""
 
@@ -91,6 +91,7 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
+                check_directory(entries)
                 storages = [entry for entry in entries if "/data/" in entry.filename]
                 check_entries(archive, [entry for entry in entries if entry not in storages])
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -128,15 +129,24 @@ def check_start(path: Path) -> None:
         raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
 
 
+def check_directory(entries: list[zipfile.ZipInfo]) -> None:
+    """Checks what the directory of a zip says of its entries, where torch would read other bytes than zipfile.
+
+    Raises:
+        BadZipFile: an entry is marked as a folder, or is not stored as it is.
+    """
+    for entry in entries:
+        if entry.external_attr & FOLDER or entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise zipfile.BadZipFile(f"its directory says of {entry.filename} what no file of torch.save has")
+
+
 def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
     """Reads entries of a zip to their end, where their CRC is compared.
 
     Raises:
-        BadZipFile: one has another CRC, or is marked as a folder.
+        BadZipFile: one has another CRC.
     """
     for entry in entries:
-        if entry.external_attr & FOLDER:
-            raise zipfile.BadZipFile(f"{entry.filename} is marked as a folder")
         with archive.open(entry) as content:
             while content.read(2**20):
                 pass
@@ -362,7 +372,9 @@ def check_shards(folder: Path) -> None:
                 file.seek(part.offset)
                 content = io.BytesIO(file.read(part.length))
             with zipfile.ZipFile(content) as archive:
+                check_directory(archive.infolist())
                 check_entries(archive, archive.infolist())
+            content.seek(0)
             value = torch.load(content, map_location="cpu", weights_only=True)
             if index.offset is not None:
                 found[index.fqn, tuple(index.offset)] = tuple(value.shape), value.dtype

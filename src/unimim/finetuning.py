@@ -232,7 +232,6 @@ class FineTuning(Task):
         Raises:
             ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
         """
-        super().setup(stage)
         check_processes(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None:

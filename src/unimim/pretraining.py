@@ -293,7 +293,6 @@ class MaskedImageModeling(Task):
         Raises:
             ValueError: as `check_processes`.
         """
-        super().setup(stage)
         check_processes(self.trainer)
         strategy = self.trainer.strategy
         on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))

@@ -340,7 +340,6 @@ class Probe(Task, ABC):
                 f"trainer.strategy: of a probe the backbone learns nothing, so there is nothing to shard: got "
                 f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
             )
-        super().setup(stage)
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")

@@ -59,6 +59,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"(trainer.default_root_dir, or save_dir of trainer.logger); the checkpoints before it are kept"
             ) from error
 
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verifies a checkpoint, and reads it as data. (`weights_only` False unpickles whatever the file holds, unverified.)
+
+        Raises:
+            FileNotFoundError, ValueError: as `files.check_checkpoint`.
+        """
+        if weights_only is not False and isinstance(url_to_fs(str(path))[0], LocalFileSystem):
+            check_checkpoint(path)
+        return super().load_checkpoint(path, map_location, weights_only is not False)
+
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those in whose handling it came: torch's writer has one of its own, later than the disk's."""

@@ -10,7 +10,7 @@ from lightning_fabric.utilities.cloud_io import _load
 from torch import nn
 
 import unimim
-from unimim.files import check_checkpoint, check_description, check_plain, is_in_shards, read_pickle
+from unimim.files import check_description, check_plain, read_pickle, refusal
 
 NETWORKS = ("backbone", "network")
 """Arguments that name a network of timm."""
@@ -19,7 +19,7 @@ NETWORKS = ("backbone", "network")
 class Task(pl.LightningModule):
     """A LightningModule that reads checkpoints of strangers safely: pretraining, fine-tuning, segmentation and probes are ones.
 
-    A subclass that overrides `setup` or `on_load_checkpoint` calls `super()`'s.
+    A subclass that overrides `on_load_checkpoint` calls `super()`'s.
     """
 
     @classmethod
@@ -60,20 +60,12 @@ class Task(pl.LightningModule):
                 content = read_pickle(Path(checkpoint_path), mmap=True)
                 check_description(content, checkpoint_path)
             said = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-            kept = {key: value for key, value in said.items() if key not in kwargs and not str(key).startswith("_")}
+            if said.get("checkpoint") is not None:  # ours name none, so that they need no other file
+                raise ValueError(refusal(f"{checkpoint_path}: hyper_parameters.checkpoint", "another file"))
+            kept = {key: value for key, value in said.items() if key not in ("checkpoint", *kwargs) and str(key)[0] != "_"}
             kwargs |= {key: made(value, f"{checkpoint_path}: hyper_parameters.{key}", key) for key, value in kept.items()}
             kwargs["_instantiator"] = None  # made here, and not by what the file names
         return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, weights_only, **kwargs)
-
-    def setup(self, stage: str) -> None:
-        """Verifies the checkpoint from which the Trainer goes on, before Lightning reads it.
-
-        Raises:
-            FileNotFoundError, ValueError: as `files.check_checkpoint`.
-        """
-        path = self.trainer.ckpt_path
-        if path is not None and (Path(path).is_file() or is_in_shards(path)):
-            check_checkpoint(path)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks the paths in the state of ModelCheckpoint, which removes the files that it finds there when it saves new ones.
@@ -90,7 +82,7 @@ class Task(pl.LightningModule):
                 elsewhere = "://" in path and not path.startswith(f"{folder}/")
                 if elsewhere or os.pardir in path.replace("\\", "/").split("/"):
                     raise ValueError(
-                        f"the checkpoint is refused: callbacks.{name} names {path!r}, which is outside of {folder!r}"
+                        f"the checkpoint is refused: {name.partition('{')[0]} names {path!r}, outside of {folder!r}"
                     )
 
 
