@@ -515,7 +515,7 @@ def test_label_files_may_be_grey_palette_or_16_bits(tmp_path: Path) -> None:
         data.setup("validate")
         ((_, labels),) = data.val_dataloader()
         assert torch.equal(labels[0], torch.from_numpy(label))
-    for mode in ("RGB", "RGBA", "LA", "1"):
+    for mode in ("RGB", "RGBA", "LA"):
         Image.new(mode, (50, 30)).save(png)
         for on_bad_image in ("error", "skip"):  # a mistake, not a broken file
             data = data_of(tmp_path, on_bad_image=on_bad_image)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from unimim.data.folder import NO_PHOTOS
+from unimim.data.listing import NO_PHOTOS
 from unimim.interfaces import check_positive
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling

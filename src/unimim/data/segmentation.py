@@ -196,7 +196,7 @@ class SegmentationFolderData(pl.LightningDataModule):
             self.told_classes = True
             read, occurred = of_all_processes(images.read_labels), of_all_processes(images.occurred)
             absent = [printable(name) for name, found in zip(images.classes, occurred.tolist(), strict=True) if not found]
-            if absent:
+            if absent and read.any():
                 named = f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"
                 rank_zero_info(
                     f"{len(absent)} of {len(images.classes)} classes were in none of the {int(read.sum())} training labels "
@@ -349,18 +349,16 @@ class LabelledImageFiles(ImageFiles):
         """Looks at label files, spread over all, until a second class occurs: in most data that is the first file or two.
 
         Raises:
-            ValueError: there are one class and ignored pixels alone, as in masks of 0 and 255; or as `labels_of`.
+            ValueError: there are one class and ignored pixels alone, as in masks of 0 and 255.
         """
         occurred: set[int] = set()
         count = min(LOOKED_AT, len(self.label_files))
         for path in (self.label_files[place * len(self.label_files) // count] for place in range(count)):
             try:
-                png = read_label(path)
-            except ValueError:
-                if self.on_bad_image == "error":
-                    raise
+                labels = self.labels_of(read_label(path), path)
+            except ValueError:  # which is raised again where a batch needs this file
                 continue
-            occurred |= set(self.labels_of(png, path).unique().tolist())
+            occurred |= set(labels.unique().tolist())
             if len(occurred - {IGNORED}) > 1:
                 return
         if IGNORED in occurred and len(occurred) > 1:
