@@ -62,15 +62,9 @@ LETTER_TYPES: dict[str, type] = {
 }
 CHOSEN = "UNIMIM_RESUME"
 """The variable in which a process tells those that it starts what `--resume auto` found, after its own id."""
-FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers")}
+FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers", "timeout")}
 """What may differ between runs of one recipe: it changes no number of a good training, or the run that goes on says so."""
 WORKERS = ("DataLoader worker (pid", "DataLoader timed out", "</torch_", "Too many open files. Communication")
-    "DataLoader worker (pid",
-    "DataLoader timed out",
-    "shared memory",
-    "file </torch_",
-    "Too many open files. Communication",
-)
 """What tells torch's errors of the data's workers."""
 GLOO = ("gloo/transport", "timeout caused pair closure")
 """What tells an error of gloo, by which processes without GPUs talk; the second where an earlier wait has failed."""
