@@ -40,16 +40,18 @@ class Listing:
 
     def below(self, folder: Path) -> list[Path]:
         """Every image in and below a folder, in the order of their paths."""
-        seen = {identity(above) for above in folder.resolve().parents}
+        seen = folders_above(folder.resolve())
         found: list[str] = []
         inside, links = [str(folder)], deque[str]()
         while inside or links:
-            path = inside.pop() if inside else links.popleft()
+            is_link = not inside
+            path = links.popleft() if is_link else inside.pop()
             try:
-                if identity(path) in seen:
+                real = identity(path)
+                if real in seen or (is_link and real in folders_above(path)):
                     self.pass_over(LISTED, path)
                     continue
-                seen.add(identity(path))
+                seen.add(real)
                 files, folders, linked = self.entries(path)
             except OSError as error:
                 self.pass_over(UNREADABLE, path, f": {error.strerror}")
@@ -67,12 +69,14 @@ class Listing:
         Raises:
             OSError: the folder cannot be read.
         """
-        files, folders, links = [], [], []
+        files: list[str] = []
+        folders: list[str] = []
+        links: list[str] = []
         with os.scandir(folder) as scanned:
             entries = list(scanned)
         if any(entry.name == NO_PHOTOS for entry in entries):
             self.pass_over(NO_MEDIA, str(folder))
-            return [], [], []
+            return files, folders, links
         for entry in entries:
             name = entry.name
             try:
@@ -90,7 +94,7 @@ class Listing:
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif not is_file:
-                self.pass_over(NOWHERE if entry.is_symlink() else SPECIAL, entry.path)
+                self.pass_over(SPECIAL if os.access(entry.path, os.F_OK) else NOWHERE, entry.path)
             elif not name.startswith("."):
                 self.other_endings[ending] += 1
         return files, sorted(folders), sorted(links)
@@ -195,6 +199,12 @@ def image_endings() -> frozenset[str]:
     """The endings of photos that this Pillow reads. (.pfm are maps of floats.)"""
     known = Image.registered_extensions().items()
     return frozenset(ending for ending, kind in known if kind in PHOTOS and kind in Image.OPEN and ending != ".pfm")
+
+
+def folders_above(path: str | Path) -> set[tuple[int, int]]:
+    """The real folders in which a file or a link lies."""
+    holder = Path(path).parent.resolve()
+    return {identity(folder) for folder in (holder, *holder.parents)}
 
 
 def identity(folder: str | Path) -> tuple[int, int]:

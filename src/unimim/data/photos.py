@@ -104,11 +104,12 @@ def tell_depth(files: list[Path], bit_depth: int) -> None:
     """
     deep = [path for path in files if path.suffix.lower() in DEEP]
     count = min(LOOKED_AT, len(deep))
-    gray, color = {}, {}
+    gray: dict[Path, int] = {}
+    color: dict[Path, int] = {}
     for path in (deep[place * len(deep) // count] for place in range(count)):
         try:
             with opened(path) as image:
-                kind = gray if image.mode.startswith("I") else color if ";16" in str(image.tile) else None
+                kind = gray if image.mode.startswith("I") else color if ";16" in str(getattr(image, "tile", "")) else None
                 if kind is not None:
                     kind[path] = int(np.max(image.getextrema()))
         except (ValueError, OSError):

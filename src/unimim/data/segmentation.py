@@ -426,7 +426,7 @@ def read_label(path: Path) -> Image.Image:
     try:
         check_is_file(path)
         with Image.open(path) as png:
-            stored = png.tile[0].args if png.tile else None
+            stored = str(png.tile[0].args) if png.tile else ""
             png.load()
             png.info[SCALE] = SCALED_BY_PILLOW.get(stored, 1)
             return png
