@@ -19,7 +19,7 @@ from test_cli import SMALL
 
 from unimim import ClassFolderData, FineTuning, ImageFolderData, SegmentationFolderData
 from unimim.cli import main
-from unimim.commands import cause_in_workers, in_one_line
+from unimim.commands import SegmentCLI, cause_in_workers, finetune, in_one_line
 from unimim.data import folder, listing, segmentation
 from unimim.data.listing import class_folders, image_endings, image_files, labelled_files
 from unimim.data.photos import read_image
@@ -329,19 +329,20 @@ def test_finetuning_with_strange_names_from_fit_to_predict(
     ]  # fmt: skip
     small = "{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"
     model = ["--model.backbone=vit_tiny_patch16_224", f"--model.model_args={small}", "--model.num_classes=3"]
-    main(["finetune", "fit", *model, *words, "--trainer.max_epochs=1"])
+    main(["finetune", "fit", *model, *words, "--trainer.max_epochs=1", "--data.bit_depth=12"])
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     photos = image(tmp_path / "photos" / ESCAPE / f"{NOT_UTF8}.png").parent.parent
     words[1] = f"--data.root={photos}"
-    main(["finetune", "predict", f"--ckpt_path={checkpoint}", *words, "--output=out.csv"])
+    cli = finetune(["predict", f"--ckpt_path={checkpoint}", *words, "--output=out.csv"])
+    assert cli.datamodule.splits["predict"].bit_depth == 12  # as in training
     with (tmp_path / "out.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
         (row,) = csv.DictReader(opened)
     assert Path(row["file"]) == photos / ESCAPE / f"{NOT_UTF8}.png"
     assert {row["label_1"], row["label_2"], row["label_3"]} == set(names)
     assert "\x1b[31m" not in "".join(capfd.readouterr()) + caplog.text
     assert f"6 images in 3 folders of {root}/train" in caplog.text
-    image(photos / ESCAPE / ".hidden.png")
-    (tmp_path / "hidden.csv").touch()
+    fitted = {"datamodule_hyper_parameters": {"bit_depth": 12, "resize": (8, 4)}}
+    assert SegmentCLI.photos_as_trained_on(fitted) == {"bit_depth": 12, "resize": (8, 4)}
     said = one_line(["finetune", "predict", f"--ckpt_path={checkpoint}", *words, f"--output={tmp_path}/{ESCAPE}/x"], capfd)
     assert r"there is no folder" in said
 

@@ -577,8 +577,8 @@ def test_masks_of_0_and_255_are_refused_with_the_fix(tmp_path: Path) -> None:
         ) as e:
             data.setup(stage)
         assert (
-            "only 255, which is ignored: there is nothing to learn. If 255 is a class, give --data.label_values [0, 255]; if"
-            in (str(e.value))
+            "and else only 255, which is ignored: there is nothing to learn. If 255 is a class, give --data.label_values "
+            "[0, 255], the value of each class; if" in str(e.value)
         )
         assert str(e.value).endswith("if it is to be ignored, [0, 1]")
     ignoring = data_of(tmp_path, classes=["nothing", "thing"], label_values=[0, 1])
@@ -597,7 +597,7 @@ def test_a_second_class_in_few_masks_is_found(tmp_path: Path) -> None:
     inverted = binary(tmp_path / "inverted", 3, 255)
     for png in (tmp_path / "inverted/labels").rglob("*.png"):
         Image.fromarray(quarters(40, 60, (1, 255, 1, 1)).astype(np.uint8)).save(png)
-    with pytest.raises(ValueError, match=r"hold 1, which is class thing, .* give --data.label_values \[255, 1\]; if"):
+    with pytest.raises(ValueError, match=r"hold 1, which is class thing, .* give --data.label_values \[255, 1\], the value"):
         inverted.setup("fit")
 
 

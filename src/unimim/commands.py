@@ -562,7 +562,8 @@ class WholeModelCLI(TaskCLI, ABC):
     @staticmethod
     def photos_as_trained_on(content: dict[str, Any]) -> dict[str, Any]:
         """The settings of the data that show photos as the checkpoint's model knows images, where they are not given."""
-        return {}
+        fitted = content.get("datamodule_hyper_parameters", {})
+        return {"bit_depth": fitted["bit_depth"]} if "bit_depth" in fitted else {}
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "predict":
@@ -650,7 +651,7 @@ class SegmentCLI(WholeModelCLI):
         fitted = content.get("datamodule_hyper_parameters", {})
         size = fitted.get("image_size")
         sides = fitted.get("resize") or ((4 * size, size) if isinstance(size, int) else None)
-        return {} if sides is None else {"resize": sides}
+        return {**WholeModelCLI.photos_as_trained_on(content), **({} if sides is None else {"resize": sides})}
 
     def check_output(self, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

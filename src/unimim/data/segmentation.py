@@ -363,11 +363,12 @@ class LabelledImageFiles(ImageFiles):
                 return
         if IGNORED in occurred and len(occurred) > 1:
             only, ignored, values = min(occurred), self.ignored_value, list(self.values)
-            given = [*values[:-1], ignored] if only == 0 else [ignored, *values[1:]]
+            given = [values[0], ignored] if only == 0 else [ignored, values[-1]]
+            asked, kept = (f" {given}", f" {values}") if len(values) == 2 else ("", " without it")
             raise ValueError(
                 f"{printable(self.label_files[0].parent)}: the labels ({count} looked at) hold {values[only]}, which is class "
                 f"{printable(self.classes[only])}, and else only {ignored}, which is ignored: there is nothing to learn. If "
-                f"{ignored} is a class, give --data.label_values {given}; if it is to be ignored, {values}"
+                f"{ignored} is a class, give --data.label_values{asked}, the value of each class; if it is to be ignored,{kept}"
             )
 
 
