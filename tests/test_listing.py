@@ -274,6 +274,27 @@ def test_bits_that_do_not_fit_are_said_once(
         assert re.search(said, lines[0])
 
 
+def test_bits_are_said_once_for_all_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            deep(tmp_path / split / name / "0.png", 4095)
+    for i in range(2):
+        for split in ("train", "val"):
+            deep(tmp_path / f"images/{split}/{i}.png", 4095)
+            label = Image.fromarray(np.tile([[0, 1]], (40, 20)).astype(np.uint8))
+            (tmp_path / "labels" / split).mkdir(parents=True, exist_ok=True)
+            label.save(tmp_path / f"labels/{split}/{i}.png")
+    for data in (
+        ClassFolderData(str(tmp_path), 16, 2, 0),
+        SegmentationFolderData(str(tmp_path), ["a", "b"], 16, num_workers=0),
+    ):
+        for stage in ("fit", "validate", "predict"):
+            caplog.clear()
+            with caplog.at_level("INFO"):
+                data.setup(stage)
+            assert caplog.text.count("give --data.bit_depth 12") == 1
+
+
 # Names
 
 

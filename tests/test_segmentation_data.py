@@ -577,10 +577,12 @@ def test_masks_of_0_and_255_are_refused_with_the_fix(tmp_path: Path) -> None:
         ) as e:
             data.setup(stage)
         assert (
-            "and else only 255, which is ignored: there is nothing to learn. If 255 is a class, give --data.label_values "
-            "[0, 255], the value of each class; if" in str(e.value)
+            "only 255, which is ignored, so there is nothing to learn: give --data.label_values, the value of each class: "
+            "[0, 255] if 255 is one, [0, 1] if" in str(e.value)
         )
-        assert str(e.value).endswith("if it is to be ignored, [0, 1]")
+        assert str(e.value).endswith("[0, 1] if it is to be ignored")
+    with pytest.raises(ValueError, match="give --data.label_values, the value of each class$"):
+        data_of(tmp_path, classes=["nothing", "thing", "other"]).setup("fit")
     ignoring = data_of(tmp_path, classes=["nothing", "thing"], label_values=[0, 1])
     ignoring.setup("fit")
     fixed = data_of(tmp_path, classes=["nothing", "thing"], label_values=[0, 255])
@@ -597,7 +599,7 @@ def test_a_second_class_in_few_masks_is_found(tmp_path: Path) -> None:
     inverted = binary(tmp_path / "inverted", 3, 255)
     for png in (tmp_path / "inverted/labels").rglob("*.png"):
         Image.fromarray(quarters(40, 60, (1, 255, 1, 1)).astype(np.uint8)).save(png)
-    with pytest.raises(ValueError, match=r"hold 1, which is class thing, .* give --data.label_values \[255, 1\], the value"):
+    with pytest.raises(ValueError, match=r"hold 1, which is class thing, .* the value of each class: \[255, 1\] if 255 is one"):
         inverted.setup("fit")
 
 

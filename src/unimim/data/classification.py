@@ -151,8 +151,8 @@ class ClassFolderData(pl.LightningDataModule):
         self.splits = {}
         for split, transform in (("train", self.augmentation), ("val", self.evaluation)):
             files, labels = labelled_files(self.root / split, classes, self.labels_per_class if split == "train" else None)
-            tell_depth(files, self.bit_depth)
             self.splits[split] = ImageFiles(files, transform, self.on_bad_image, labels, self.bit_depth)
+        tell_depth([path for images in self.splits.values() for path in images.files], self.bit_depth)
         if stage == "fit" and len(self.splits["train"]) < self.batch_size:
             found = len(self.splits["train"])
             raise ValueError(

@@ -160,7 +160,7 @@ class ImageFolderData(pl.LightningDataModule):
             differ = sorted(set(classes["train"]) ^ set(classes["val"]))
             named = printable(", ".join(differ[:5]))
             raise ValueError(f"{printable(self.root)}: train and val have other class folders: {named}")
-        files, labels = labelled_files(self.root / split, classes[split])
+        files, labels = labelled_files(self.root / split, classes[split], say=split != "train")  # which `setup` does
         images = ImageFiles(files, self.evaluation, self.on_bad_image, labels, self.bit_depth)
         return DataLoader(images, self.batch_size, **reading(self), generator=torch.Generator())
 

@@ -173,13 +173,16 @@ def classes_of(listing: Listing) -> list[str]:
     return sorted(Path(path).name for path in folders + links)
 
 
-def labelled_files(root: Path, classes: list[str], per_class: int | None = None) -> tuple[list[Path], list[int]]:
+def labelled_files(
+    root: Path, classes: list[str], per_class: int | None = None, say: bool = True
+) -> tuple[list[Path], list[int]]:
     """The images of each class folder, and their labels; says how many, and what was passed over.
 
     Args:
         root: the folder of the class folders.
         classes: their names, as of `class_folders`.
         per_class: only so many of each class, the first by name; None takes all.
+        say: whether to say so; not of a folder of which it was said.
 
     Raises:
         FileNotFoundError: a class folder has no image.
@@ -195,7 +198,8 @@ def labelled_files(root: Path, classes: list[str], per_class: int | None = None)
         files += of_class[:per_class]
         labels += [label] * len(of_class[:per_class])
     taken = "" if len(files) == listing.images else f" ({len(files)} of them are taken, by data.labels_per_class)"
-    rank_zero_info(f"{listing}{taken}")
+    if say:
+        rank_zero_info(f"{listing}{taken}")
     return files, labels
 
 

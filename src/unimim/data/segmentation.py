@@ -153,9 +153,11 @@ class SegmentationFolderData(pl.LightningDataModule):
             self.splits: dict[str, ImageFiles] = {"predict": photos}
             return
         self.splits = {"val": self._labelled("val", self.evaluation)}
+        if stage != "validate":
+            self.splits["train"] = self._labelled("train", self.augmentation)
+        tell_depth([path for images in self.splits.values() for path in images.files], self.bit_depth)
         if stage == "validate":
             return
-        self.splits["train"] = self._labelled("train", self.augmentation)
         if (found := len(self.splits["train"])) < self.batch_size:
             raise ValueError(
                 f"{printable(self.root / self.folders['train'][0])} has {found} images, which is less than one batch of "
@@ -164,7 +166,6 @@ class SegmentationFolderData(pl.LightningDataModule):
 
     def _labelled(self, split: str, transform: Any) -> "LabelledImageFiles":
         pairs = image_label_pairs(*(self.root / folder for folder in self.folders[split]))
-        tell_depth([image for image, _ in pairs], self.bit_depth)
         classes = self.classes
         values = self.label_values or range(self.first_value, self.first_value + len(classes))
         files = LabelledImageFiles(pairs, transform, classes, values, self.ignored_value, self.on_bad_image, self.bit_depth)
@@ -364,11 +365,11 @@ class LabelledImageFiles(ImageFiles):
         if IGNORED in occurred and len(occurred) > 1:
             only, ignored, values = min(occurred), self.ignored_value, list(self.values)
             given = [values[0], ignored] if only == 0 else [ignored, values[-1]]
-            asked, kept = (f" {given}", f" {values}") if len(values) == 2 else ("", " without it")
+            which = f": {given} if {ignored} is one, {values} if it is to be ignored" if len(values) == 2 else ""
             raise ValueError(
                 f"{printable(self.label_files[0].parent)}: the labels ({count} looked at) hold {values[only]}, which is class "
-                f"{printable(self.classes[only])}, and else only {ignored}, which is ignored: there is nothing to learn. If "
-                f"{ignored} is a class, give --data.label_values{asked}, the value of each class; if it is to be ignored,{kept}"
+                f"{printable(self.classes[only])}, and else only {ignored}, which is ignored, so there is nothing to learn: "
+                f"give --data.label_values, the value of each class{which}"
             )
 
 
