@@ -172,6 +172,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path, caplog: pytest.LogCapture
     for name in (".ipynb_checkpoints", ".git", "__MACOSX"):
         image(tmp_path / "train" / name / "1.png")
     image(tmp_path / "train" / "stray.png")
+    link(tmp_path / "train" / "all", "..")
     assert class_folders(tmp_path / "train") == ["cat", "dog"]
     data = ClassFolderData(str(tmp_path), 16, batch_size=2, num_workers=0)
     with caplog.at_level("INFO"):
@@ -179,7 +180,8 @@ def test_hidden_folders_are_no_classes(tmp_path: Path, caplog: pytest.LogCapture
     assert data.classes == ["cat", "dog"]
     assert data.splits["train"].labels == [0, 1]
     first, second = (record.getMessage() for record in caplog.records)
-    over = "3 hidden (.git, ...), 1 beside the class folders (stray.png)"
+    over = "3 hidden (.git, ...), 1 beside the class folders (stray.png), 1 linked to a folder that is listed already or lies"
+    over += " above (all)"
     assert first == f"2 images in 2 folders of {tmp_path}/train; passed over: {over}"
     assert second == f"2 images in 2 folders of {tmp_path}/val"
     image(tmp_path / "train" / "cat" / "2.png")

@@ -168,9 +168,11 @@ def classes_of(listing: Listing) -> list[str]:
         files, folders, links = listing.entries(listing.root)
     except OSError as error:
         raise OSError(f"data.root: {printable(listing.root)} cannot be read ({error.strerror})") from error
-    for path in files:
-        listing.pass_over(BESIDE, path)
-    return sorted(Path(path).name for path in folders + links)
+    above = [path for path in links if identity(path) in folders_above(path)]
+    for reason, paths in ((BESIDE, files), (LISTED, above)):
+        for path in paths:
+            listing.pass_over(reason, path)
+    return sorted(Path(path).name for path in {*folders, *links} - {*above})
 
 
 def labelled_files(
