@@ -17,6 +17,7 @@ FLOORS = {
     "pictures": 0,
     "processor": 0,
     "interfaces": 1,
+    "printing": 0,
     "randomness": 1,
     "saving": 1,
     "target_files": 1,

@@ -1,6 +1,7 @@
 """`unimim segment fit|validate|predict` and conf/segment: what is written, what a checkpoint knows, mistakes in one line."""
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_segment_fit(run: Run) -> None:
     assert len([row for row in rows if row["train/loss"]]) == 24
     assert run.reported.keys() == {"val/miou", "val/macc", "val/aacc", "val/miou_foreground"}
     assert [float(row["val/miou"]) for row in rows if row["val/miou"]][-1] == pytest.approx(run.reported["val/miou"])
+
+
+def test_photos_of_any_name_are_predicted(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Names with an escape sequence and a line break, and one that is not UTF-8; hidden ones are no photos."""
+    escape, not_utf8 = "\x1b[31mred\n", os.fsdecode(b"na\xefve")
+    for name in (escape, not_utf8, ".hidden"):
+        pictures(tmp_path / "photos" / escape, 1, name=name)
+    segment(["predict", f"--ckpt_path={run.checkpoint}", *words_for(tmp_path / "photos"), f"--output={tmp_path / 'out'}"])
+    written = sorted(path.name for path in (tmp_path / "out" / escape).iterdir())
+    assert written == sorted(f"{name}0_{kind}.png" for name in (escape, not_utf8) for kind in ("labels", "overlay"))
+    assert "\x1b[31m" not in "".join(capfd.readouterr())
 
 
 def test_segment_validate_repeats_what_training_reported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

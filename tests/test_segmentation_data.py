@@ -3,6 +3,8 @@
 import colorsys
 import io
 import re
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -515,13 +517,130 @@ def test_label_files_may_be_grey_palette_or_16_bits(tmp_path: Path) -> None:
         data.setup("validate")
         ((_, labels),) = data.val_dataloader()
         assert torch.equal(labels[0], torch.from_numpy(label))
-    for mode in ("RGB", "RGBA", "LA", "1"):
+    for mode in ("RGB", "RGBA", "LA"):
         Image.new(mode, (50, 30)).save(png)
         for on_bad_image in ("error", "skip"):  # a mistake, not a broken file
             data = data_of(tmp_path, on_bad_image=on_bad_image)
             data.setup("validate")
             with pytest.raises(ValueError, match=rf"{png} has colours or transparency \(mode {mode}\)"):
                 next(iter(data.val_dataloader()))
+
+
+def packed(path: Path, values: np.ndarray, bits: int) -> None:
+    """A grey PNG of 1, 2 or 4 bits a pixel, written by hand: Pillow writes 1 and 8 alone."""
+    height, width = values.shape
+    spread = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    rows = np.packbits(spread.reshape(height, width * bits).astype(np.uint8), axis=1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize(("bits", "values"), [(1, (0, 1, 1, 0)), (2, (0, 1, 2, 3)), (4, (0, 4, 3, 2))])
+def test_grey_labels_of_few_bits_hold_what_is_stored(tmp_path: Path, bits: int, values: tuple[int, ...]) -> None:
+    """Pillow would scale 2 and 4 bits to 0 to 255: class 1 would be 85 or 17. In 1 bit white is 1."""
+    folder(tmp_path, val=0)
+    label = quarters(31, 53, values)
+    packed(save_pair(tmp_path, "val", "0", label)[1], label, bits)
+    data = data_of(tmp_path)
+    data.setup("validate")
+    ((_, labels),) = data.val_dataloader()
+    assert torch.equal(labels[0], torch.from_numpy(label))
+    if bits == 1:
+        png = next((tmp_path / "labels/val").iterdir())
+        Image.fromarray(label.astype(bool)).save(png)
+        with Image.open(png) as saved:
+            assert saved.mode == "1"
+        assert torch.equal(next(iter(data.val_dataloader()))[1][0], torch.from_numpy(label))
+
+
+def binary(root: Path, train: int, foreground: int, marked: int = 1) -> SegmentationFolderData:
+    """Masks of 0 and `foreground`, which is in each `marked`-th."""
+    for split, count in (("train", train), ("val", 2)):
+        for i in range(count):
+            value = foreground if i % marked == 0 else 255
+            png = save_pair(root, split, str(i), quarters(40, 60, (0, 1, 0, 1)))[1]
+            Image.fromarray(quarters(40, 60, (0, value, 0, value)).astype(np.uint8)).save(png)
+    return data_of(root, classes=["nothing", "thing"])
+
+
+def test_masks_of_0_and_255_are_refused_with_the_fix(tmp_path: Path) -> None:
+    data = binary(tmp_path, 4, 255)
+    for stage in ("fit", "validate"):
+        with pytest.raises(
+            ValueError, match=r"labels/val: the labels \(2 looked at\) hold 0, which is class nothing, and else"
+        ) as e:
+            data.setup(stage)
+        assert (
+            "only 255, which is ignored, so there is nothing to learn: give --data.label_values, the value of each class: "
+            "[0, 255] if 255 is one, [0, 1] if" in str(e.value)
+        )
+        assert str(e.value).endswith("[0, 1] if it is to be ignored")
+    with pytest.raises(ValueError, match="give --data.label_values, the value of each class$"):
+        data_of(tmp_path, classes=["nothing", "thing", "other"]).setup("fit")
+    ignoring = data_of(tmp_path, classes=["nothing", "thing"], label_values=[0, 1])
+    ignoring.setup("fit")
+    fixed = data_of(tmp_path, classes=["nothing", "thing"], label_values=[0, 255])
+    fixed.setup("fit")
+    expected = torch.from_numpy(quarters(40, 60, (0, 1, 0, 1)))
+    for _, labels in fixed.val_dataloader():
+        assert torch.equal(labels[0], expected)
+    for _, labels in ignoring.val_dataloader():
+        assert torch.equal(labels[0], expected.where(expected == 0, IGNORED))
+
+
+def test_a_second_class_in_few_masks_is_found(tmp_path: Path) -> None:
+    binary(tmp_path, 30, 1, marked=29).setup("fit")
+    inverted = binary(tmp_path / "inverted", 3, 255)
+    for png in (tmp_path / "inverted/labels").rglob("*.png"):
+        Image.fromarray(quarters(40, 60, (1, 255, 1, 1)).astype(np.uint8)).save(png)
+    with pytest.raises(ValueError, match=r"hold 1, which is class thing, .* the value of each class: \[255, 1\] if 255 is one"):
+        inverted.setup("fit")
+
+
+def test_label_values_of_any_order(tmp_path: Path) -> None:
+    folder(tmp_path, val=0)
+    png = save_pair(tmp_path, "val", "0", quarters(40, 60, (0, 1, 2, 3)))[1]
+    Image.fromarray(quarters(40, 60, (70, 300, 7, 255)).astype(np.uint16)).save(png)
+    data = data_of(tmp_path, classes=["a", "b", "c"], label_values=[300, 7, 70])
+    data.setup("validate")
+    ((_, labels),) = data.val_dataloader()
+    assert torch.equal(labels[0], torch.from_numpy(quarters(40, 60, (2, 0, 1, IGNORED))))
+    Image.fromarray(quarters(40, 60, (70, 8, 7, 255)).astype(np.uint16)).save(png)
+    with pytest.raises(ValueError, match="has the value 8, but the 3 classes are 300, 7, 70, and 255 is ignored: correct the"):
+        next(iter(data.val_dataloader()))
+    for wrong in ([0, 1], [0, 1, 1], [0, 1, 65536], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="data.label_values are 3 different values from 0 to 65535, one a class; got"):
+            data_of(tmp_path, classes=["a", "b", "c"], label_values=wrong).setup("validate")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_classes_that_never_occurred_are_said_once(tmp_path: Path, workers: int) -> None:
+    folder(tmp_path, train=4)
+    for png in (tmp_path / "labels/train").glob("*.png"):
+        values = np.asarray(Image.open(png)).copy()
+        values[values == 3] = 255
+        Image.fromarray(values).save(png)
+    data = data_of(tmp_path, num_workers=workers)
+    data.setup("fit")
+    list(data.train_dataloader())
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "rank_zero_info", said.append)
+        data.tell_unreadable(torch.device("cpu"))
+        data.tell_unreadable(torch.device("cpu"))
+    absent = [name for label, name in enumerate(data.classes) if label not in present(tmp_path)]
+    assert data.classes[3] in absent
+    assert said == [f"{len(absent)} of 5 classes were in none of the 4 training labels read so far: {', '.join(absent)}"]
+
+
+def present(root: Path) -> set[int]:
+    return set().union(*(np.unique(np.asarray(Image.open(png))).tolist() for png in (root / "labels/train").glob("*.png")))
 
 
 def test_a_label_that_is_no_png_inside_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from unimim.data.folder import NO_PHOTOS
+from unimim.data.listing import NO_PHOTOS
 from unimim.interfaces import check_positive
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling
@@ -230,7 +230,11 @@ def own_part(loader: Any, trainer: pl.Trainer) -> DataLoader[Any]:
     if trainer.world_size == 1:
         return loader
     sampler: Any = DistributedSampler(loader.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-    workers = loader.num_workers
     return DataLoader(
-        loader.dataset, batch_size=loader.batch_size, sampler=sampler, num_workers=workers, generator=torch.Generator()
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=sampler,
+        num_workers=loader.num_workers,
+        timeout=loader.timeout,
+        generator=torch.Generator(),
     )

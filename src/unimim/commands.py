@@ -44,6 +44,7 @@ from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
+from unimim.printing import printable
 from unimim.probing import Feature, Probe, accuracy, extract_features
 from unimim.probing import knn as nearest_neighbours
 from unimim.saving import AtomicCheckpointIO, KeepRecipe, SameCheckpoint, is_whole, newest_first, recipe_in, run_folder
@@ -61,8 +62,10 @@ LETTER_TYPES: dict[str, type] = {
 }
 CHOSEN = "UNIMIM_RESUME"
 """The variable in which a process tells those that it starts what `--resume auto` found, after its own id."""
-FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers")}
+FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers", "timeout")}
 """What may differ between runs of one recipe: it changes no number of a good training, or the run that goes on says so."""
+WORKERS = ("DataLoader worker (pid", "DataLoader timed out", "</torch_", "Too many open files. Communication")
+"""What tells torch's errors of the data's workers."""
 GLOO = ("gloo/transport", "timeout caused pair closure")
 """What tells an error of gloo, by which processes without GPUs talk; the second where an earlier wait has failed."""
 Result = TypeVar("Result")
@@ -181,11 +184,15 @@ def in_one_line(command: Callable[[], Result]) -> Result:
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     try:
         return command()
+    except SystemExit as end:
+        sys.exit(printable(end.code) if isinstance(end.code, str) else end.code)
     except Exception as error:
         if os.environ.get("UNIMIM_TRACEBACK"):
             raise
         if any(sign in str(error) for sign in GLOO):
-            sys.exit(f"unimim: error: {cause_of_silence(str(error))}")
+            sys.exit(printable(f"unimim: error: {cause_of_silence(str(error))}"))
+        if cause := cause_in_workers(error):
+            sys.exit(printable(f"unimim: error: {cause}"))
         if not is_mistake(error):
             raise
         lines = str(error).strip().splitlines()
@@ -194,7 +201,7 @@ def in_one_line(command: Callable[[], Result]) -> Result:
             of_a_class = [line.strip() for line in dropwhile(lambda line: not line.strip().startswith("- "), lines)]
             of_a_class = of_a_class or lines[-1:]
             last_line = " ".join(of_a_class[: 2 if of_a_class[0].endswith(":") else 1]).removeprefix("- ")
-        sys.exit(f"unimim: error: {re.sub(r'^[a-zA-Z.]+(Error|Exception): ', '', last_line)}")
+        sys.exit(printable(f"unimim: error: {re.sub(r'^[a-zA-Z.]+(Error|Exception): ', '', last_line)}"))
 
 
 def is_no_tip(record: logging.LogRecord) -> bool:
@@ -210,6 +217,37 @@ def cause_of_silence(text: str) -> str:
     if re.search("closed by peer|reset by peer|broken pipe", words, re.IGNORECASE):
         return f"another process of this run has ended; what it said tells why ({words})"
     return f"the processes of this run cannot reach each other ({words})"
+
+
+def cause_in_workers(error: BaseException) -> str:
+    """Why the workers that read the data failed, and what to change, with torch's words for it; empty of any other error."""
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(error, RuntimeError) or not any(sign in texts[0] for sign in WORKERS):
+        return ""
+    text = max(texts, key=lambda text: "killed by signal" in text)  # says more than that a worker exited, and comes first
+    words = text.strip().splitlines()[-1].removeprefix("RuntimeError: ").rstrip(". ")
+    if "timed out" in words:
+        return (
+            f"the data's workers gave no batch in the time of data.timeout ({words}): see whether the disk of data.root hangs, "
+            f"or give a longer --data.timeout"
+        )
+    if "Too many open files" in text:
+        return f"the data's workers and this process may not open so many files ({words}): raise the limit with ulimit -n 65536"
+    if "Bus error" in text or "</torch_" in text:
+        return (
+            f"the data's workers have too little shared memory ({words}): give the machine a larger /dev/shm (docker run "
+            f"--shm-size 16g), fewer --data.num_workers or a smaller --data.batch_size"
+        )
+    if "Killed" in words:
+        return (
+            f"a worker of the data was killed, as the system does when memory runs out ({words}): give fewer "
+            f"--data.num_workers or a smaller --data.batch_size, or the job more memory"
+        )
+    return f"a worker of the data ended ({words}): --data.num_workers 0 reads within this process, and shows where"
 
 
 def is_mistake(error: Exception) -> bool:
@@ -531,7 +569,8 @@ class WholeModelCLI(TaskCLI, ABC):
     @staticmethod
     def photos_as_trained_on(content: dict[str, Any]) -> dict[str, Any]:
         """The settings of the data that show photos as the checkpoint's model knows images, where they are not given."""
-        return {}
+        fitted = content.get("datamodule_hyper_parameters", {})
+        return {"bit_depth": fitted["bit_depth"]} if "bit_depth" in fitted else {}
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "predict":
@@ -619,7 +658,7 @@ class SegmentCLI(WholeModelCLI):
         fitted = content.get("datamodule_hyper_parameters", {})
         size = fitted.get("image_size")
         sides = fitted.get("resize") or ((4 * size, size) if isinstance(size, int) else None)
-        return {} if sides is None else {"resize": sides}
+        return {**WholeModelCLI.photos_as_trained_on(content), **({} if sides is None else {"resize": sides})}
 
     def check_output(self, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

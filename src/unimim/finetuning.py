@@ -1,6 +1,7 @@
 """Fine-tuning: the whole pretrained backbone learns to classify (the paper judges encoders so, on ImageNet-1k)."""
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +293,16 @@ class FineTuning(Task):
         """A CSV of file, and label and probability of the five likeliest classes, one readable file a row; returns the rows.
 
         Of fewer batches than there are files (`--trainer.limit_predict_batches`), it has the first files.
+
+        The file is UTF-8, in which names of files that are not UTF-8 keep their bytes, as the system stores them: Python reads
+        them back with `open(path, encoding="utf-8", errors="surrogateescape", newline="")`, pandas with
+        `encoding_errors="surrogateescape"`.
         """
         written = 0
         places = range(1, batches[0][0].shape[1] + 1)
         header = ["file", *(f"{what}_{place}" for place in places for what in ("label", "probability"))]
         part = destination.with_name(f"{destination.name}.part")  # whoever looks sees the whole table or none
-        with part.open("w", newline="") as opened:
+        with part.open("w", newline="", encoding="utf-8", errors=sys.getfilesystemencodeerrors()) as opened:
             writer = csv.writer(opened)
             writer.writerow(header)
             rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)

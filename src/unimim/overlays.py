@@ -7,6 +7,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unimim.printing import printable
+
 SHADES = 8
 """Of red, green and blue: the colours that are chosen from."""
 DARK = 0.4
@@ -73,7 +75,7 @@ def overlay(image: Tensor, labels: Tensor, names: list[str]) -> Image.Image:
 
     areas = labels.flatten().bincount(minlength=len(names))
     shown = [label for label in areas.argsort(descending=True, stable=True).tolist() if areas[label]]
-    texts = [f"{names[label]}  {100 * int(areas[label]) / labels.numel():.1f} %" for label in shown]
+    texts = [f"{printable(names[label])}  {100 * int(areas[label]) / labels.numel():.1f} %" for label in shown]
     size = max(12, max(height, width) // 50)  # of the letters, in pixels
     font = ImageFont.load_default(size)
     line = 3 * size // 2

@@ -362,7 +362,8 @@ def check_loader(trainer: pl.Trainer) -> None:
     """
     Raises:
         ValueError: what `ResumableSampler` yields does not go through this loader: it makes no batches, its dataset takes no
-            (epoch, index), or the sampler was made before the processes knew of each other.
+            (epoch, index), or the sampler was made before the processes knew of each other; or as the dataset, of its first
+            sample.
     """
     loader: Any = trainer.train_dataloader
     dataset, sampler = loader.dataset, loader.sampler
@@ -381,6 +382,8 @@ def check_loader(trainer: pl.Trainer) -> None:
     try:
         dataset[len(dataset), 0]  # of an epoch that is no index either: an array would take that for its first axis
     except (TypeError, LookupError, ValueError) as error:
+        if isinstance(error, ValueError):
+            dataset[0]  # a first file that cannot be read is no fault of the place, and says so itself
         raise ValueError(
             f"ResumableSampler yields (epoch, index), which {type(dataset).__name__} does not take ({error}): wrap it, "
             f"DataLoader(SeededSamples(dataset), ...)"

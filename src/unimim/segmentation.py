@@ -23,6 +23,7 @@ from unimim.interfaces import IGNORED, Grid
 from unimim.launching import check_processes, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
+from unimim.printing import printable
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
@@ -363,7 +364,14 @@ class UperNetSegmentation(Task):
         for name, value in means.items():
             self.log(f"val/{name}", value, prog_bar=name == "miou", sync_dist=True)  # which is the same in all processes
         if not self.trainer.sanity_checking:
-            self.print(table(names, self.iou.tolist(), accuracy.tolist(), (labelled / labelled.sum()).tolist()))
+            self.print(
+                table(
+                    [printable(name) for name in names],
+                    self.iou.tolist(),
+                    accuracy.tolist(),
+                    (labelled / labelled.sum()).tolist(),
+                )
+            )
 
     # Its pictures
 

@@ -12,7 +12,10 @@ from timm.data import auto_augment, create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from unimim.data.folder import ImageFiles, OnBadImage, class_folders, each_once, image_files
+from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading
+from unimim.data.listing import Listing, class_folders, image_files, labelled_files
+from unimim.data.photos import tell_depth
+from unimim.printing import printable
 from unimim.randomness import ResumableSampler, SeededSamples
 
 
@@ -57,6 +60,8 @@ class ClassFolderData(pl.LightningDataModule):
         labels_per_class: only so many training images of each class, the first by name; None takes all.
         on_bad_image: "error" stops at an unreadable file and names it; "skip" warns, and puts the next readable image in
             its place.
+        timeout: seconds after which workers that bring no batch end the run; 0 waits for ever.
+        bit_depth: bits that count in 16-bit gray: white is 65535 for 16, and 4095 for the 12 of many cameras.
 
     Raises:
         FileNotFoundError: `train` or `val` is missing, flat, or empty.
@@ -76,9 +81,12 @@ class ClassFolderData(pl.LightningDataModule):
         crop_pct: float = 0.875,
         labels_per_class: int | None = None,
         on_bad_image: OnBadImage = "error",
+        timeout: float = 600,
+        bit_depth: int = 16,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        check_reading(timeout, bit_depth)
         low, high = crop_scale
         if min(image_size, batch_size) < 1 or num_workers < 0 or (labels_per_class is not None and labels_per_class < 1):
             raise ValueError(
@@ -95,6 +103,8 @@ class ClassFolderData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.labels_per_class = labels_per_class
         self.on_bad_image = on_bad_image
+        self.timeout = timeout
+        self.bit_depth = bit_depth
         if color_jitter < 0:
             raise ValueError(f"data.color_jitter is {color_jitter}, but it is not negative")
         self.augmentation = timm_transform(
@@ -112,50 +122,48 @@ class ClassFolderData(pl.LightningDataModule):
         found = {}
         for split in ("train", "val"):
             folder = self.root / split
+            root, named = printable(self.root), printable(folder)
             if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"data.root: fine-tuning needs {self.root}/train and {self.root}/val, there is no {split}"
-                )
+                raise FileNotFoundError(f"data.root: fine-tuning needs {root}/train and {root}/val, there is no {split}")
             found[split] = class_folders(folder)
             if not found[split]:
-                inside = f"{len(image_files(folder))} images, but no folder a class"
-                raise FileNotFoundError(f"data.root: {folder} has {inside}: sort them into {folder}/CLASS/")
+                listing = Listing(folder)
+                listing.check_found(listing.below(folder), folder)
+                inside = f"{listing.images} images, but no folder a class"
+                raise FileNotFoundError(f"data.root: {named} has {inside}: sort them into {named}/CLASS/")
         if found["train"] != found["val"]:
             only = {
                 split: sorted(set(found[split]) - set(found[other])) for split, other in (("train", "val"), ("val", "train"))
             }
-            said = "; ".join(f"only in {split}: {', '.join(names[:3])}" for split, names in only.items() if names)
+            said = "; ".join(f"only in {split}: {printable(', '.join(names[:3]))}" for split, names in only.items() if names)
             raise ValueError(
-                f"data.root: {self.root} has {len(found['train'])} classes in train, {len(found['val'])} in val ({said})"
+                f"data.root: {root} has {len(found['train'])} classes in train, {len(found['val'])} in val ({said})"
             )
         return found["train"]
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict":
             files = image_files(self.root)
-            self.splits = {"predict": ImageFiles(files, self.evaluation, self.on_bad_image)}
+            tell_depth(files, self.bit_depth)
+            self.splits = {"predict": ImageFiles(files, self.evaluation, self.on_bad_image, bit_depth=self.bit_depth)}
             return
         classes = self.classes
         self.splits = {}
         for split, transform in (("train", self.augmentation), ("val", self.evaluation)):
-            samples = [
-                (path, label)
-                for label, name in enumerate(classes)
-                for path in image_files(self.root / split / name)[: self.labels_per_class if split == "train" else None]
-            ]
-            labels = [label for _, label in samples]
-            self.splits[split] = ImageFiles([path for path, _ in samples], transform, self.on_bad_image, labels)
+            files, labels = labelled_files(self.root / split, classes, self.labels_per_class if split == "train" else None)
+            self.splits[split] = ImageFiles(files, transform, self.on_bad_image, labels, self.bit_depth)
+        tell_depth([path for images in self.splits.values() for path in images.files], self.bit_depth)
         if stage == "fit" and len(self.splits["train"]) < self.batch_size:
             found = len(self.splits["train"])
             raise ValueError(
-                f"{self.root}/train has {found} images, which is less than one batch of {self.batch_size}: set "
+                f"{printable(self.root)}/train has {found} images, which is less than one batch of {self.batch_size}: set "
                 f"data.batch_size to {found} or less"
             )
 
     def teardown(self, stage: str) -> None:
         for split, images in self.splits.items():
             if skipped := int(images.unreadable.sum()):
-                rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+                rank_zero_warn(f"{skipped} of {len(images)} image files in {printable(self.root)} ({split}) could not be read")
 
     def train_dataloader(self) -> DataLoader[Any]:
         images = self.splits["train"]
@@ -171,8 +179,8 @@ class ClassFolderData(pl.LightningDataModule):
     def labelled_dataloader(self, split: str) -> DataLoader[Any]:
         """Batches of (images, labels) of `train` or `val`, not augmented, in a fixed order."""
         images = self.splits[split]
-        plain = ImageFiles(images.files, self.evaluation, self.on_bad_image, images.labels)
-        return DataLoader(plain, self.batch_size, num_workers=self.num_workers, generator=torch.Generator())
+        plain = ImageFiles(images.files, self.evaluation, self.on_bad_image, images.labels, self.bit_depth)
+        return DataLoader(plain, self.batch_size, **reading(self), generator=torch.Generator())
 
     def _loader(self, images: Dataset[Any], sampler: Any = None, drop_last: bool = False) -> DataLoader[Any]:
         return DataLoader(
@@ -180,7 +188,7 @@ class ClassFolderData(pl.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            num_workers=self.num_workers,
+            **reading(self),
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -43,15 +43,19 @@ class CropAugmentation:
         crop_scale: the crop's share of the image's area.
         flip: probability of a horizontal flip.
         color_jitter: strength of jitter in brightness, contrast and saturation; 0 is none.
+        bit_depth: bits that count in 16-bit gray, as in `as_rgb`.
     """
 
-    def __init__(self, size: Grid, crop_scale: tuple[float, float], flip: float, color_jitter: float) -> None:
+    def __init__(
+        self, size: Grid, crop_scale: tuple[float, float], flip: float, color_jitter: float, bit_depth: int = 16
+    ) -> None:
         self.size = size
         self.crop_scale = crop_scale
         narrowest, widest = torch.tensor(ASPECT).log().tolist()
         self.log_aspect = narrowest, widest
         self.flip = flip
         self.color_jitter = color_jitter
+        self.bit_depth = bit_depth
 
     # Where the files are read
 
@@ -61,7 +65,7 @@ class CropAugmentation:
             turn_upright(image)
         left, top, right, bottom = box = self.draw_box(image.height, image.width, generator)
         reduced = self.reduce(image, bottom - top, right - left)
-        photo = as_rgb(image)
+        photo = as_rgb(image, self.bit_depth)
         if reduced == 1:
             pixels = as_tensor(photo.crop(box))
             return functional.resize_image(pixels, list(self.size), InterpolationMode.BICUBIC, antialias=True)

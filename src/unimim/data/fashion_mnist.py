@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
 from unimim.data.folder import each_once
+from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
@@ -75,7 +76,7 @@ class FashionMNISTData(pl.LightningDataModule):
         self.classes = list(FashionMNIST.classes) if labelled else []
 
     def prepare_data(self) -> None:
-        rank_zero_info(f"Fashion-MNIST: {provide(self.root)}")
+        rank_zero_info(f"Fashion-MNIST: {printable(provide(self.root))}")
 
     def setup(self, stage: str | None = None) -> None:
         train, test = (FashionMNIST(str(self.root), train=train) for train in (True, False))

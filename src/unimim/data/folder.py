@@ -1,6 +1,5 @@
 """Images in folders: ImageNet's layout, class folders, or any heap of photos."""
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +8,19 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from unimim.data.crops import Crop, CropAugmentation
-from unimim.data.photos import opened, read_image
+from unimim.data.listing import Listing, class_folders, image_files, labelled_files
+from unimim.data.photos import opened, read_image, tell_depth
 from unimim.interfaces import Grid
+from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
 OnBadImage = Literal["error", "skip"]
-NO_PHOTOS = ".nomedia"
-"""A file by which a folder tells galleries that its images are no one's photos."""
 
 
 class ImageFolderData(pl.LightningDataModule):
@@ -44,6 +42,8 @@ class ImageFolderData(pl.LightningDataModule):
         color_jitter: strength of jitter in brightness, contrast and saturation (BEiT: 0.4); 0 is none.
         on_bad_image: "error" stops at an unreadable file and names it; "skip" warns, and puts the next readable image in
             its place.
+        timeout: seconds after which workers that bring no batch end the run; 0 waits for ever.
+        bit_depth: bits that count in 16-bit gray: white is 65535 for 16, and 4095 for the 12 of many cameras.
 
     Raises:
         FileNotFoundError: the folder is missing, or has no image.
@@ -62,9 +62,12 @@ class ImageFolderData(pl.LightningDataModule):
         flip: float = 0.5,
         color_jitter: float = 0.0,
         on_bad_image: OnBadImage = "error",
+        timeout: float = 600,
+        bit_depth: int = 16,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        check_reading(timeout, bit_depth)
         low, high = crop_scale
         if min(batch_size, *((image_size,) if isinstance(image_size, int) else image_size)) < 1 or num_workers < 0:
             raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
@@ -78,7 +81,9 @@ class ImageFolderData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.on_bad_image = on_bad_image
-        self.augmentation = CropAugmentation(size, crop_scale, flip, color_jitter)
+        self.timeout = timeout
+        self.bit_depth = bit_depth
+        self.augmentation = CropAugmentation(size, crop_scale, flip, color_jitter, bit_depth)
         self.evaluation = v2.Compose(
             [
                 v2.Resize(round(max(size) / 0.875), interpolation=InterpolationMode.BICUBIC),
@@ -96,14 +101,16 @@ class ImageFolderData(pl.LightningDataModule):
         files = image_files(self.root / "train" if self.is_imagenet_layout else self.root)
         if len(files) < self.batch_size:
             raise ValueError(
-                f"{self.root} has {len(files)} images, which is less than one batch of {self.batch_size}: "
+                f"{printable(self.root)} has {len(files)} images, which is less than one batch of {self.batch_size}: "
                 f"set data.batch_size to {len(files)} or less"
             )
+        tell_depth(files, self.bit_depth)
         self.images = CroppedFiles(files, self.augmentation, self.on_bad_image)
 
     def teardown(self, stage: str) -> None:
         if skipped := int(self.images.unreadable.sum()):
-            rank_zero_warn(f"{skipped} of {len(self.images)} image files in {self.root} could not be read and were skipped")
+            where = printable(self.root)
+            rank_zero_warn(f"{skipped} of {len(self.images)} image files in {where} could not be read and were skipped")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of uint8 crops and the jitter to be done, of which `on_after_batch_transfer` makes images."""
@@ -112,7 +119,7 @@ class ImageFolderData(pl.LightningDataModule):
             self.batch_size,
             sampler=ResumableSampler(self.images),
             drop_last=True,
-            num_workers=self.num_workers,
+            **reading(self),
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -132,8 +139,9 @@ class ImageFolderData(pl.LightningDataModule):
 
         Without images in `val`, over those that are trained on.
         """
-        files = (images_below(self.root / "val") if self.is_imagenet_layout else []) or self.images.files
-        images = ImageFiles(files, self.evaluation, self.on_bad_image)
+        val = self.root / "val"
+        files = (Listing(val).below(val) if self.is_imagenet_layout else []) or self.images.files
+        images = ImageFiles(files, self.evaluation, self.on_bad_image, bit_depth=self.bit_depth)
         count = min(count, len(files))
         return torch.stack([images[place * len(files) // count] for place in range(count)])
 
@@ -145,16 +153,16 @@ class ImageFolderData(pl.LightningDataModule):
             ValueError: `train` and `val` have other class folders.
         """
         if not self.is_imagenet_layout:
-            raise FileNotFoundError(f"labels need {self.root}/train and {self.root}/val with class folders in each")
+            root = printable(self.root)
+            raise FileNotFoundError(f"labels need {root}/train and {root}/val with class folders in each")
         classes = {name: class_folders(self.root / name) for name in ("train", "val")}
         if classes["train"] != classes["val"]:
             differ = sorted(set(classes["train"]) ^ set(classes["val"]))
-            raise ValueError(f"{self.root}: train and val have other class folders: {', '.join(differ[:5])}")
-        folders = [self.root / split / name for name in classes[split]]
-        samples = [(path, label) for label, folder in enumerate(folders) for path in image_files(folder)]
-        labels = [label for _, label in samples]
-        files = ImageFiles([path for path, _ in samples], self.evaluation, self.on_bad_image, labels)
-        return DataLoader(files, self.batch_size, num_workers=self.num_workers, generator=torch.Generator())
+            named = printable(", ".join(differ[:5]))
+            raise ValueError(f"{printable(self.root)}: train and val have other class folders: {named}")
+        files, labels = labelled_files(self.root / split, classes[split], say=split != "train")  # which `setup` does
+        images = ImageFiles(files, self.evaluation, self.on_bad_image, labels, self.bit_depth)
+        return DataLoader(images, self.batch_size, **reading(self), generator=torch.Generator())
 
 
 class Files(Dataset[Any]):
@@ -190,7 +198,7 @@ class Files(Dataset[Any]):
                 if not self.unreadable[position]:
                     self.unreadable[position] = True
                     warnings.warn(f"skipped: {error} ({int(self.unreadable.sum())} skipped so far)", stacklevel=2)
-        raise ValueError(f"none of the {len(self.files)} image files can be read, the first is {self.files[0]}")
+        raise ValueError(f"none of the {len(self.files)} image files can be read, the first is {printable(self.files[0])}")
 
 
 class ImageFiles(Files):
@@ -201,6 +209,7 @@ class ImageFiles(Files):
         transform: PIL image -> tensor [3 H W].
         on_bad_image: as in `Files`.
         labels: one a file, or None.
+        bit_depth: as `read_image`.
     """
 
     def __init__(
@@ -209,8 +218,10 @@ class ImageFiles(Files):
         transform: Callable[[Any], Any],
         on_bad_image: OnBadImage = "error",
         labels: list[int] | None = None,
+        bit_depth: int = 16,
     ) -> None:
         super().__init__(files, on_bad_image)
+        self.bit_depth = bit_depth
         self.transform = transform
         self.labels = labels
 
@@ -219,7 +230,7 @@ class ImageFiles(Files):
 
     def read(self, position: int) -> Any:
         """What the files of one sample hold; a ValueError here is an unreadable file."""
-        return read_image(self.files[position])
+        return read_image(self.files[position], self.bit_depth)
 
     def sample(self, position: int, read: Any) -> Any:
         """What was read, transformed, with its label."""
@@ -250,39 +261,20 @@ class CroppedFiles(Files):
         return self.augmentation.draw(pixels, generator)
 
 
-def image_files(root: Path) -> list[Path]:
-    """As `images_below`.
-
+def check_reading(timeout: float, bit_depth: int) -> None:
+    """
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError: a number is out of its range.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root: there is no folder {root}")
-    files = images_below(root)
-    if not files:
-        raise FileNotFoundError(f"data.root: no image in or below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
-    return files
+    if not timeout >= 0:
+        raise ValueError(f"data.timeout is in seconds, at least 0, which waits for ever; got {timeout}")
+    if not 8 <= bit_depth <= 16:
+        raise ValueError(f"data.bit_depth is 8 to 16 bits of a 16-bit image, got {bit_depth}")
 
 
-def images_below(root: Path) -> list[Path]:
-    """Every image in and below `root`, in order, told by the extensions that torchvision knows.
-
-    A folder with a file `.nomedia` is passed over with all that is below it, as galleries do, and named. The pictures that a
-    run has drawn are in one.
-    """
-    files: list[Path] = []
-    for folder, below, names in os.walk(root, followlinks=True):  # subsets of ImageNet are often folders of links
-        if NO_PHOTOS in names:
-            rank_zero_info(f"{folder} has a file {NO_PHOTOS}: its images are passed over")
-            below.clear()
-            continue
-        files += [Path(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return sorted(files)
-
-
-def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, in order."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+def reading(data: Any) -> dict[str, Any]:
+    """What the loaders of a data module are told of its workers: their number, and how long one may take for a batch."""
+    return {"num_workers": data.num_workers, "timeout": data.timeout if data.num_workers else 0}
 
 
 def each_once(images: Any) -> UnrepeatedDistributedSampler | None:

@@ -15,6 +15,7 @@ from torchvision.datasets import FashionMNIST
 
 from unimim.data.fashion_mnist import provide
 from unimim.data.folder import each_once
+from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, epoch_and_index
 
 GARMENT = 28
@@ -99,7 +100,7 @@ class ScenesData(pl.LightningDataModule):
         self.classes = ["background", *FashionMNIST.classes] if labelled else []
 
     def prepare_data(self) -> None:
-        rank_zero_info(f"Scenes composed from Fashion-MNIST: {provide(self.root)}")
+        rank_zero_info(f"Scenes composed from Fashion-MNIST: {printable(provide(self.root))}")
 
     def setup(self, stage: str | None = None) -> None:
         train, test = (FashionMNIST(str(self.root), train=train) for train in (True, False))

@@ -1,5 +1,6 @@
 """Images with label maps in folders: ADE20K as published, or anyone's own, with mmsegmentation's augmentation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,18 +14,31 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from unimim.data.folder import ImageFiles, OnBadImage, each_once, image_files, to_pixels
-from unimim.data.photos import read_image
+from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading, to_pixels
+from unimim.data.listing import image_files
+from unimim.data.photos import check_is_file, read_image, tell_depth
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
 from unimim.interfaces import IGNORED
+from unimim.printing import printable
 from unimim.randomness import ResumableSampler, SeededSamples
+
+VALUES = 2**16
+"""As many a label PNG can hold."""
+NO_CLASS = -1
+SCALE = "scale"
+"""Where a label image says by what its values are multiplied."""
+SCALED_BY_PILLOW = {"L;2": 85, "L;4": 17}
+"""By what Pillow multiplies the values of grey PNGs of 2 and 4 bits, to fill 8 bits."""
+LOOKED_AT = 200
+"""Label files, at most, at the start of a run."""
 
 
 class SegmentationFolderData(pl.LightningDataModule):
     """Batches of (images [b 3 H W] in [0, 1], labels long [b H W]) from `images/{train,val}` and `labels/{train,val}`.
 
     An image and its label have the same name but for the suffix. A label is a PNG whose grey values, or indices into its
-    palette, are the classes: 0 is the first, 255 is ignored (`IGNORED`).
+    palette, are the classes: 0 is the first, 255 is ignored (`IGNORED`). `label_values` says so of other values, such as those
+    of masks of 0 and 255. In a PNG of 1 bit black is the value 0 and white 1.
 
     Training: a random scale, a crop in which no class has 75 % or more, a horizontal flip, photometric distortion, and where
     an image is smaller than the crop, padding by ImageNet's mean, ignored. Validation: one whole image at a time, resized to
@@ -43,6 +57,10 @@ class SegmentationFolderData(pl.LightningDataModule):
         flip: probability of a horizontal flip.
         on_bad_image: "error" stops at an unreadable image or label file and names it; "skip" warns, and puts the next
             readable pair in its place. A label that can be read and is wrong always stops.
+        timeout: seconds after which workers that bring no batch end the run; 0 waits for ever.
+        bit_depth: bits that count in 16-bit gray: white is 65535 for 16, and 4095 for the 12 of many cameras.
+        label_values: the value of each class in a label PNG, in the order of `classes`: [0, 255] for masks of these two. None
+            counts from 0 on. A value among them is never ignored.
 
     Raises:
         FileNotFoundError: a folder or the names of the classes are missing.
@@ -57,7 +75,7 @@ class SegmentationFolderData(pl.LightningDataModule):
     """Where images and labels of each split are."""
     classes_file: ClassVar[str] = "classes.txt"
     first_value: ClassVar[int] = 0
-    """The value of the first class in a label PNG; the others follow it."""
+    """The value of the first class in a label PNG; the others follow it, if there are no `label_values`."""
     ignored_value: ClassVar[int] = IGNORED
     """The value of ignored pixels in a label PNG."""
 
@@ -72,9 +90,13 @@ class SegmentationFolderData(pl.LightningDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         on_bad_image: OnBadImage = "error",
+        timeout: float = 600,
+        bit_depth: int = 16,
+        label_values: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        check_reading(timeout, bit_depth)
         if min(image_size, batch_size) < 1 or num_workers < 0:
             raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
         if not 1 <= resize[1] <= resize[0] or not 0 < scale[0] <= scale[1] or not 0 <= flip <= 1:
@@ -88,6 +110,10 @@ class SegmentationFolderData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.on_bad_image = on_bad_image
+        self.timeout = timeout
+        self.bit_depth = bit_depth
+        self.label_values = label_values
+        self.told_classes = False
         to_float = v2.ToDtype(torch.float32, scale=True)
         self.augmentation = v2.Compose(
             [
@@ -116,47 +142,72 @@ class SegmentationFolderData(pl.LightningDataModule):
         if not 2 <= len(names) <= IGNORED:
             raise ValueError(f"data.classes: {len(names)} names, expected 2 to {IGNORED}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data.classes: the same name twice: {', '.join(twice[:3])}")
+            raise ValueError(f"data.classes: the same name twice: {printable(', '.join(twice[:3]))}")
         return names
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict":
-            self.splits: dict[str, ImageFiles] = {
-                "predict": ImageFiles(image_files(self.root), v2.Compose(to_pixels()), self.on_bad_image)
-            }
+            files = image_files(self.root)
+            tell_depth(files, self.bit_depth)
+            photos = ImageFiles(files, v2.Compose(to_pixels()), self.on_bad_image, bit_depth=self.bit_depth)
+            self.splits: dict[str, ImageFiles] = {"predict": photos}
             return
         self.splits = {"val": self._labelled("val", self.evaluation)}
+        if stage != "validate":
+            self.splits["train"] = self._labelled("train", self.augmentation)
+        tell_depth([path for images in self.splits.values() for path in images.files], self.bit_depth)
         if stage == "validate":
             return
-        self.splits["train"] = self._labelled("train", self.augmentation)
         if (found := len(self.splits["train"])) < self.batch_size:
             raise ValueError(
-                f"{self.root / self.folders['train'][0]} has {found} images, which is less than one batch of "
+                f"{printable(self.root / self.folders['train'][0])} has {found} images, which is less than one batch of "
                 f"{self.batch_size}: set data.batch_size to {found} or less"
             )
 
     def _labelled(self, split: str, transform: Any) -> "LabelledImageFiles":
-        images, labels = (self.root / folder for folder in self.folders[split])
-        pairs = image_label_pairs(images, labels)
-        return LabelledImageFiles(pairs, transform, len(self.classes), self.first_value, self.ignored_value, self.on_bad_image)
+        pairs = image_label_pairs(*(self.root / folder for folder in self.folders[split]))
+        classes = self.classes
+        values = self.label_values or range(self.first_value, self.first_value + len(classes))
+        files = LabelledImageFiles(pairs, transform, classes, values, self.ignored_value, self.on_bad_image, self.bit_depth)
+        if self.label_values is None:
+            files.check_values()
+        return files
 
     def tell_unreadable(self, device: torch.device) -> None:
         """Says how many files of each split no process could read so far (`on_bad_image: skip`). All processes call it.
 
+        After the first epoch of a run it says which classes were in none of the training labels.
+
         Args:
             device: where the processes exchange what they know.
         """
-        for split, images in self.splits.items():
-            unreadable = images.unreadable.to(device, torch.uint8)
+
+        def of_all_processes(marks: Tensor) -> Tensor:
+            marks = marks.to(device, torch.uint8)
             if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(unreadable, distributed.ReduceOp.MAX)
-            if skipped := int(unreadable.sum()):
-                rank_zero_info(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+                distributed.all_reduce(marks, distributed.ReduceOp.MAX)
+            return marks.bool().cpu()
+
+        for split, images in self.splits.items():
+            if skipped := int(of_all_processes(images.unreadable).sum()):
+                where = printable(self.root)
+                rank_zero_info(f"{skipped} of {len(images)} image files in {where} ({split}) could not be read")
+        images = self.splits["train"]
+        if isinstance(images, LabelledImageFiles) and not self.told_classes:
+            self.told_classes = True
+            read, occurred = of_all_processes(images.read_labels), of_all_processes(images.occurred)
+            absent = [printable(name) for name, found in zip(images.classes, occurred.tolist(), strict=True) if not found]
+            if absent and read.any():
+                named = f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"
+                rank_zero_info(
+                    f"{len(absent)} of {len(images.classes)} classes were in none of the {int(read.sum())} training labels "
+                    f"read so far: {named}"
+                )
 
     def teardown(self, stage: str) -> None:
         for split, images in self.splits.items():
             if skipped := int(images.unreadable.sum()):
-                rank_zero_warn(f"{skipped} of {len(images)} image files in {self.root} ({split}) could not be read")
+                rank_zero_warn(f"{skipped} of {len(images)} image files in {printable(self.root)} ({split}) could not be read")
 
     def train_dataloader(self) -> DataLoader[Any]:
         images = self.splits["train"]
@@ -177,7 +228,7 @@ class SegmentationFolderData(pl.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            num_workers=self.num_workers,
+            **reading(self),
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -206,9 +257,18 @@ class LabelledImageFiles(ImageFiles):
     Args:
         pairs: the paths of an image and of its label PNG.
         transform: (Image uint8 [3 H W], Mask uint8 [H W]) -> (float [3 H W], labels [H W]).
-        num_classes: their number.
-        first_value, ignored_value: what the PNGs hold for the first class and for ignored pixels.
+        classes: their names.
+        values: what the PNGs hold for each class.
+        ignored_value: what they hold for ignored pixels, unless a class has that value.
         on_bad_image: "error" or "skip", as in `SegmentationFolderData`.
+        bit_depth: as `read_image`.
+
+    Attributes:
+        occurred: bool [classes], those in the labels that any worker has read.
+        read_labels: bool [files], those labels.
+
+    Raises:
+        ValueError: the values are not one a class, from 0 to 65535.
     """
 
     transform: Any
@@ -217,19 +277,29 @@ class LabelledImageFiles(ImageFiles):
         self,
         pairs: list[tuple[Path, Path]],
         transform: Any,
-        num_classes: int,
-        first_value: int = 0,
+        classes: list[str],
+        values: Sequence[int],
         ignored_value: int = IGNORED,
         on_bad_image: OnBadImage = "error",
+        bit_depth: int = 16,
     ) -> None:
-        super().__init__([image for image, _ in pairs], transform, on_bad_image)
+        super().__init__([image for image, _ in pairs], transform, on_bad_image, bit_depth=bit_depth)
+        if len(values) != len(classes) or len(set(values)) < len(values) or not all(0 <= value < VALUES for value in values):
+            raise ValueError(
+                f"data.label_values are {len(classes)} different values from 0 to {VALUES - 1}, one a class; got {list(values)}"
+            )
         self.label_files = [label for _, label in pairs]
-        self.num_classes = num_classes
-        self.first_value = first_value
+        self.classes = classes
+        self.values = values
         self.ignored_value = ignored_value
+        self.labels_by_value = torch.full((VALUES,), NO_CLASS, dtype=torch.int16)
+        self.labels_by_value[ignored_value] = IGNORED
+        self.labels_by_value[torch.tensor(values)] = torch.arange(len(values), dtype=torch.int16)
+        self.occurred = torch.zeros(len(classes), dtype=torch.bool).share_memory_()
+        self.read_labels = torch.zeros(len(pairs), dtype=torch.bool).share_memory_()
 
     def read(self, position: int) -> tuple[Image.Image, Image.Image]:
-        return read_image(self.files[position]), read_label(self.label_files[position])
+        return read_image(self.files[position], self.bit_depth), read_label(self.label_files[position])
 
     def sample(self, position: int, read: tuple[Image.Image, Image.Image]) -> tuple[Tensor, Tensor]:
         image, png = read
@@ -237,10 +307,13 @@ class LabelledImageFiles(ImageFiles):
         if image.size != png.size:
             (width, height), (label_width, label_height) = image.size, png.size
             raise ValueError(
-                f"{self.files[position]} has {height}x{width} pixels (HxW), its label {path} has {label_height}x{label_width}: "
-                f"they have to be of one size"
+                f"{printable(self.files[position])} has {height}x{width} pixels (HxW), its label {printable(path)} has "
+                f"{label_height}x{label_width}: they have to be of one size"
             )
         label = self.labels_of(png, path)
+        occurred = label.flatten().bincount(minlength=IGNORED + 1)[: len(self.classes)] > 0
+        self.occurred[occurred] = True  # and never False, which other processes may have changed meanwhile
+        self.read_labels[position] = True
         pixels, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(label))
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
 
@@ -251,25 +324,53 @@ class LabelledImageFiles(ImageFiles):
             ValueError: it is no PNG, holds colours, or a value that is no class.
         """
         if png.format != "PNG":
-            raise ValueError(f"{path} holds a {png.format}, not a PNG: a label has to be a PNG, which keeps its values")
-        if png.mode not in ("L", "P", "I;16", "I"):  # 16 bits are I by an older PIL
             raise ValueError(
-                f"{path} has colours or transparency (mode {png.mode}): a label is a grey or palette PNG of 8 or 16 bits, "
-                f"whose values are the classes"
+                f"{printable(path)} holds a {png.format}, not a PNG: a label has to be a PNG, which keeps its values"
             )
-        values = pil_to_tensor(png)[0].int()
-        labels = values - self.first_value
-        ignored = values == self.ignored_value
-        wrong = (labels < 0) | (labels >= self.num_classes)
-        if (wrong & ~ignored).any():
-            found = values[wrong & ~ignored].unique().tolist()
+        if png.mode not in ("1", "L", "P", "I;16", "I"):  # 16 bits are I by an older PIL
+            raise ValueError(
+                f"{printable(path)} has colours or transparency (mode {png.mode}): a label is a grey or palette PNG of 1 to 16 "
+                f"bits, whose values are the classes"
+            )
+        values = pil_to_tensor(png)[0].int() // png.info.get(SCALE, 1)
+        labels = self.labels_by_value[values]
+        if (wrong := labels == NO_CLASS).any():
+            found = values[wrong].unique().tolist()
             more = f" (and {len(found) - 1} other values)" if len(found) > 1 else ""
-            last = self.first_value + self.num_classes - 1
+            given = isinstance(self.values, list)
+            are = ", ".join(map(str, self.values)) if given else f"{self.values[0]} to {self.values[-1]}"
+            ignored = "" if self.ignored_value in self.values else f", and {self.ignored_value} is ignored"
             raise ValueError(
-                f"{path} has the value {found[0]}{more}, but the {self.num_classes} classes are {self.first_value} to {last}, "
-                f"and {self.ignored_value} is ignored: correct the file or data.classes"
+                f"{printable(path)} has the value {found[0]}{more}, but the {len(self.classes)} classes are {are}{ignored}: "
+                f"correct the file, data.classes or data.label_values"
             )
-        return labels.masked_fill(ignored, IGNORED).to(torch.uint8)
+        return labels.to(torch.uint8)
+
+    def check_values(self) -> None:
+        """Looks at label files, spread over all, until a second class occurs: in most data that is the first file or two.
+
+        Raises:
+            ValueError: there are one class and ignored pixels alone, as in masks of 0 and 255.
+        """
+        occurred: set[int] = set()
+        count = min(LOOKED_AT, len(self.label_files))
+        for path in (self.label_files[place * len(self.label_files) // count] for place in range(count)):
+            try:
+                labels = self.labels_of(read_label(path), path)
+            except ValueError:  # which is raised again where a batch needs this file
+                continue
+            occurred |= set(labels.unique().tolist())
+            if len(occurred - {IGNORED}) > 1:
+                return
+        if IGNORED in occurred and len(occurred) > 1:
+            only, ignored, values = min(occurred), self.ignored_value, list(self.values)
+            given = [values[0], ignored] if only == 0 else [ignored, values[-1]]
+            which = f": {given} if {ignored} is one, {values} if it is to be ignored" if len(values) == 2 else ""
+            raise ValueError(
+                f"{printable(self.label_files[0].parent)}: the labels ({count} looked at) hold {values[only]}, which is class "
+                f"{printable(self.classes[only])}, and else only {ignored}, which is ignored, so there is nothing to learn: "
+                f"give --data.label_values, the value of each class{which}"
+            )
 
 
 def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
@@ -284,13 +385,15 @@ def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     of_images = by_name(image_files(images), images)
     of_labels = by_name([path for path in label_files if path not in others], labels)
     alone = {
-        f"images in {images} without {labels}/NAME.png": [path for name, path in of_images.items() if name not in of_labels],
-        f"labels in {labels} without image": [path for name, path in of_labels.items() if name not in of_images],
+        f"images in {printable(images)} without {printable(labels)}/NAME.png": [
+            path for name, path in of_images.items() if name not in of_labels
+        ],
+        f"labels in {printable(labels)} without image": [path for name, path in of_labels.items() if name not in of_images],
     }
     if any(alone.values()):
-        alone[f"files in {labels} that are no PNG"] = others
+        alone[f"files in {printable(labels)} that are no PNG"] = others
     said = [
-        f"{len(paths)} {what}: {', '.join(path.name for path in paths[:3])}{' ...' if len(paths) > 3 else ''}"
+        f"{len(paths)} {what}: {', '.join(printable(path.name) for path in paths[:3])}{' ...' if len(paths) > 3 else ''}"
         for what, paths in alone.items()
         if paths
     ]
@@ -309,23 +412,30 @@ def by_name(files: list[Path], root: Path) -> dict[Path, Path]:
     for path in files:
         name = path.relative_to(root).with_suffix("")
         if name in named:
-            raise ValueError(f"data.root: {named[name]} and {path} have one name: an image and its label share theirs")
+            raise ValueError(
+                f"data.root: {printable(named[name])} and {printable(path)} have one name: an image and its label share theirs"
+            )
         named[name] = path
     return named
 
 
 def read_label(path: Path) -> Image.Image:
-    """A label PNG as it is.
+    """A label PNG as it is; where Pillow multiplies its values, `info` says by what.
 
     Raises:
         ValueError: the file cannot be read as an image; it is named.
     """
     try:
+        check_is_file(path)
         with Image.open(path) as png:
+            stored = str(png.tile[0].args) if png.tile else ""
             png.load()
+            png.info[SCALE] = SCALED_BY_PILLOW.get(stored, 1)
             return png
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable label {path} ({error}); data.on_bad_image=skip goes on without it") from error
+        raise ValueError(
+            f"unreadable label {printable(path)} ({printable(error)}); data.on_bad_image=skip goes on without it"
+        ) from error
 
 
 def read_names(path: Path) -> list[str]:
@@ -336,12 +446,14 @@ def read_names(path: Path) -> list[str]:
         ValueError: a table without such a column, or a row without a name.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.classes: there is no file {path}; give a list of names, or a text file with one a line")
+        raise FileNotFoundError(
+            f"data.classes: there is no file {printable(path)}; give a list of names, or a text file with one a line"
+        )
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines or "\t" not in lines[0]:
         return [line.strip() for line in lines]
     header = [column.strip() for column in lines[0].split("\t")]
     rows = [line.split("\t") for line in lines[1:]]
     if "Name" not in header or any(len(row) != len(header) for row in rows):
-        raise ValueError(f"data.classes: {path} is no table with a column Name, nor a list with one name a line")
+        raise ValueError(f"data.classes: {printable(path)} is no table with a column Name, nor a list with one name a line")
     return [row[header.index("Name")].split(",")[0].split(";")[0].strip() for row in rows]
