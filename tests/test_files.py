@@ -260,7 +260,9 @@ def test_no_file_runs_code(
             or "backbone.model_args.act_layer is refused: it is the class 'subprocess.Popen'" in refused
             or ("backbone.name is refused" in refused)
         )
-    elif "load_from_checkpoint" in entry and payload in ("a class for each hyperparameter", "functions by name"):
+    elif "load_from_checkpoint" in entry and payload == "a class for each hyperparameter":
+        assert "refused: it is the class 'subprocess.Popen'" in refused
+    elif entry == "MaskedImageModeling.load_from_checkpoint" and payload == "functions by name":
         assert refused
     capsys.readouterr()
 
@@ -519,26 +521,30 @@ def test_two_hundred_flips_change_nothing_in_silence(kind: str, world: World, tm
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["with a checksum", "without"])
-def test_every_bit_of_a_directory(ours: bool, tmp_path: Path) -> None:
-    """By one bit of an entry, which zipfile passes over, torch reads other bytes: it is checked, also for mapped files."""
-    path, flipped = tmp_path / "good.pth", tmp_path / "flipped.pth"
+def test_what_is_whole_is_read_as_it_was_written(ours: bool, tmp_path: Path) -> None:
+    """A flip in every byte of a small file, and in every bit of its directory: by torch.load, also of a mapped file.
+
+    By one bit of an entry, which zipfile passes over, torch reads other bytes.
+    """
+    path, flipped, draw = tmp_path / "good.pth", tmp_path / "flipped.pth", random.Random(0)
     good = {"a": torch.ones(3, 3), "b": torch.ones(2)}
     torch.save(with_checksum(good) if ours else good, path)
     content, expected = path.read_bytes(), torch.load(path, weights_only=True)
     with zipfile.ZipFile(path) as archive:
         start = archive.start_dir
+    places = [(place, draw.randrange(8)) for place in range(start)]
+    places += [(place, bit) for place in range(start, len(content)) for bit in range(8)]
     others = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for place in range(start, len(content)):
-            for bit in range(8):
-                flipped.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-                if is_whole(flipped):
-                    assert equal(torch.load(flipped, weights_only=True), expected), (place - start, bit)
-                    assert equal(torch.load(flipped, weights_only=True, mmap=True), expected), (place - start, bit)
-                else:
-                    others += reads_otherwise(flipped, expected)
-    assert others >= 2  # that bit of two entries
+        for place, bit in places:
+            flipped.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            if is_whole(flipped):
+                assert equal(torch.load(flipped, weights_only=True), expected), (place - start, bit)
+                assert equal(torch.load(flipped, weights_only=True, mmap=True), expected), (place - start, bit)
+            else:
+                others += reads_otherwise(flipped, expected)
+    assert others >= 2
 
 
 def reads_otherwise(path: Path, expected: Any) -> bool:

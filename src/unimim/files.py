@@ -94,6 +94,7 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
                 check_directory(entries)
                 storages = [entry for entry in entries if "/data/" in entry.filename]
                 check_entries(archive, [entry for entry in entries if entry not in storages])
+                check_entries(archive, storages, read=False)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
                 if not isinstance(content, dict) or CHECKSUM not in content:
                     check_entries(archive, storages)
@@ -140,15 +141,15 @@ def check_directory(entries: list[zipfile.ZipInfo]) -> None:
             raise zipfile.BadZipFile(f"its directory says of {entry.filename} what no file of torch.save has")
 
 
-def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
-    """Reads entries of a zip to their end, where their CRC is compared.
+def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], read: bool = True) -> None:
+    """Compares the header of each entry of a zip with the directory, and reads it to its end, where its CRC is compared.
 
     Raises:
-        BadZipFile: one has another CRC.
+        BadZipFile: an entry has another header, or another CRC.
     """
     for entry in entries:
         with archive.open(entry) as content:
-            while content.read(2**20):
+            while read and content.read(2**20):
                 pass
 
 
