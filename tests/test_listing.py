@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from test_cli import SMALL
 
 from unimim import ClassFolderData, FineTuning, ImageFolderData, SegmentationFolderData
@@ -23,6 +23,7 @@ from unimim.commands import SegmentCLI, cause_in_workers, finetune, in_one_line
 from unimim.data import folder, listing, segmentation
 from unimim.data.listing import class_folders, image_endings, image_files, labelled_files
 from unimim.data.photos import read_image
+from unimim.data.segmentation import read_label
 from unimim.overlays import overlay
 from unimim.printing import printable
 
@@ -483,3 +484,14 @@ def test_timeouts_are_the_loaders(tmp_path: Path) -> None:
         for kind in (ImageFolderData, ClassFolderData, SegmentationFolderData):
             with pytest.raises(ValueError, match=f"data.{next(iter(wrong))} is"):
                 kind(str(tmp_path), **wrong)
+
+
+def test_no_program_reads_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow tells a format by its content, and gives EPS to Ghostscript, also where the file calls itself a PNG."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.eps")
+    evil = (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("a program was run"))
+    with pytest.raises(ValueError, match="unreadable image"):
+        read_image(evil)
+    with pytest.raises(ValueError, match="unreadable label"):
+        read_label(evil)

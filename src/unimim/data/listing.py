@@ -7,10 +7,9 @@ from pathlib import Path
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
+from unimim.data.photos import PHOTOS
 from unimim.printing import printable
 
-PHOTOS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""Pillow's names of the formats that hold photos. Of several frames the first is read. (HEIF: if pillow-heif is registered.)"""
 NO_PHOTOS = ".nomedia"
 """A file by which a folder tells galleries that its images are no one's photos."""
 MAC_COPY = "__MACOSX"

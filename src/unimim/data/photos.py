@@ -4,14 +4,17 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from pytorch_lightning.utilities import rank_zero_info
 
 from unimim.printing import printable
 
+PHOTOS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+"""Pillow's names of the formats that hold photos. Of several frames the first is read. (HEIF: if pillow-heif is registered.)"""
 DAMAGED_EXIF = (struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError)
 """What Pillow raises at it. ImageNet has some; it says nothing."""
 DEEP = (".png", ".tif", ".tiff", ".jp2", ".j2k", ".pgm")
@@ -45,8 +48,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
             named.
     """
     try:
-        check_is_file(path)
-        with Image.open(path) as image:
+        with opened_photo(path) as image:
             deep_png = image.mode == "I" and image.format == "PNG"  # 16 bits, by an older PIL
             if image.mode in ("I", "F") and not deep_png:
                 raise ValueError(f"32-bit gray, mode {image.mode}: convert it to 8 or 16 bits")
@@ -57,13 +59,22 @@ def opened(path: Path) -> Iterator[Image.Image]:
         ) from error
 
 
-def check_is_file(path: Path) -> None:
-    """
+def opened_photo(path: Path) -> ImageFile.ImageFile:
+    """Opens a file in one of the formats of `PHOTOS`, whatever its ending: Pillow gives EPS to Ghostscript, which is a program.
+
     Raises:
-        OSError: it is none, but a FIFO, a socket or a device, whose reader might wait for ever.
+        OSError: the file has another format, or is a FIFO, a socket or a device, whose reader might wait for ever.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("neither a file nor a link to one")
+    return Image.open(path, formats=formats())
+
+
+@cache
+def formats() -> list[str]:
+    """Returns those of `PHOTOS` that this Pillow reads."""
+    Image.init()
+    return [name for name in PHOTOS if name in Image.OPEN]
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading, to_pixels
 from unimim.data.listing import image_files
-from unimim.data.photos import check_is_file, read_image, tell_depth
+from unimim.data.photos import opened_photo, read_image, tell_depth
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
 from unimim.interfaces import IGNORED
 from unimim.printing import printable
@@ -426,8 +426,7 @@ def read_label(path: Path) -> Image.Image:
         ValueError: the file cannot be read as an image; it is named.
     """
     try:
-        check_is_file(path)
-        with Image.open(path) as png:
+        with opened_photo(path) as png:
             stored = str(png.tile[0].args) if png.tile else ""
             png.load()
             png.info[SCALE] = SCALED_BY_PILLOW.get(stored, 1)
