@@ -326,6 +326,30 @@ def test_every_recipe_is_made_again_of_its_checkpoint(path: Path, tmp_path: Path
     assert all(torch.equal(value, theirs[key]) for key, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": "abc"}, "model.lr: Expected a <class 'float'>. Got value: abc"),
+        ({"channels": [1]}, "model.channels: Expected a <class 'int'>. Got value: [1]"),
+        ({"blocks": "x"}, "model.blocks: Expected a <class 'list'>"),
+        (None, "is no checkpoint of segmentation that names its backbone"),
+    ],
+)
+def test_hyperparameters_of_another_type_are_one_line(
+    changes: dict[str, Any] | None, said: str, world: World, tmp_path: Path
+) -> None:
+    content = world.content("segment")
+    if changes is None:
+        del content["hyper_parameters"]
+    else:
+        content["hyper_parameters"].update(changes)
+    torch.save(content, tmp_path / "a.ckpt")
+    line = said_by(lambda: ENTRIES["segment predict --ckpt_path"][1](world, tmp_path / "a.ckpt"))
+    assert line.startswith(f"unimim: error: {'ckpt_path: ' if changes is None else ''}{tmp_path / 'a.ckpt'} is ")
+    assert said in line
+    assert "\n" not in line
+
+
 def test_a_class_in_model_args_is_refused_in_a_config_and_a_sweep_too(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

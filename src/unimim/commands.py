@@ -545,6 +545,11 @@ class WholeModelCLI(TaskCLI, ABC):
                 check_plain(value, f"{config.ckpt_path}: datamodule_hyper_parameters.{key}")
                 if key in config.data.init_args and f"data.init_args.{key}" not in all_given:
                     config.data.init_args[key] = value
+        ours: Any = parser
+        try:
+            ours.validate(self.config)  # what came from the file, by the types of the arguments
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{config.ckpt_path} is refused: {ours.one_line(str(error))}") from error
         self.weights = content["state_dict"]
 
     def instantiate_classes(self) -> None:
@@ -637,16 +642,18 @@ class SegmentCLI(WholeModelCLI):
 
     task = "segmentation"
     photos = "SegmentationFolderData"
+    of_layers = ("num_classes", "blocks", "channels", "auxiliary_weight")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--output", default="predictions", help="the folder for predict's overlays and label maps")
 
     def holds(self, content: dict[str, Any]) -> bool:
-        return any(key.startswith(SEGMENTATION) for key in content["state_dict"])
+        known = content.get("hyper_parameters", {})
+        return set(self.of_layers) <= set(known) and any(key.startswith(SEGMENTATION) for key in content["state_dict"])
 
     def layers(self, content: dict[str, Any]) -> dict[str, Any]:
-        return {key: content["hyper_parameters"][key] for key in ("num_classes", "blocks", "channels", "auxiliary_weight")}
+        return {key: content["hyper_parameters"][key] for key in self.of_layers}
 
     def remembered(self, content: dict[str, Any], given: Namespace) -> dict[str, Any]:
         known = inspect.signature(UperNetSegmentation).parameters
