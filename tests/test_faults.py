@@ -221,7 +221,7 @@ def test_the_other_tasks_skip_and_stop_alike(tmp_path: Path, task: str) -> None:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_what_moves_in_a_forward_pass_is_put_back_with_the_weights(tmp_path: Path, accumulated: int) -> None:
-    """iBOT's center takes the NaN of an image in batch 3. All batches of its update leave it as it was, and then it moves on."""
+    """iBOT's center takes the NaN of an image in batch 3. All batches of its update leave it as it was; then it moves on."""
     images = torch.rand(16, 3, 32, 32)
     images[6, 0, 0, 0] = torch.nan
     model = tiny_model(
@@ -237,7 +237,7 @@ def test_what_moves_in_a_forward_pass_is_put_back_with_the_weights(tmp_path: Pat
     for state in watch.states[first], watch.states[4]:
         assert all(torch.equal(state[name], watch.states[first][name]) for name in state)
     centers = [state["normalization.center"] for state in watch.states]
-    assert all(not torch.equal(before, after) for before, after in zip(centers[4:], centers[5:], strict=False))
+    assert all(not torch.equal(before, after) for before, after in itertools.pairwise(centers[4:]))
     assert centers[8].isfinite().all()
 
 

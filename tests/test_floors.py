@@ -12,6 +12,7 @@ import unimim
 SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
+    "batches": 0,
     "selection": 0,
     "pictures": 0,
     "processor": 0,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone
+from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.launching import check_processes, step_in_words
@@ -159,8 +160,9 @@ class FineTuning(pl.LightningModule):
         """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
 
         Raises:
-            ValueError: the images are not of the size that the backbone was built for.
+            ValueError: the images are not of the size that the backbone was built for; and as `check_images`.
         """
+        check_images(images)
         check_image_size(self.backbone, images)
         return (images - self.mean) / self.std
 
@@ -192,10 +194,10 @@ class FineTuning(pl.LightningModule):
         self.log("val/acc1", self.acc1, prog_bar=True)
         self.log("val/acc5", self.acc5)
 
-    def predict_step(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """[b 3 H W] in [0, 1] -> the five highest probabilities [b 5] and their labels [b 5]."""
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> the five highest probabilities [b 5] and their labels [b 5]."""
         with sparing(self):
-            probabilities = self(images).float().softmax(1)
+            probabilities = self(images_in(batch)).float().softmax(1)
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 
@@ -219,11 +221,19 @@ class FineTuning(pl.LightningModule):
         return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, and what makes a resumed run exact.
+        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
 
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, int(self.backbone.num_classes), axes=1, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_object, create_backbone
+from unimim.batches import check_images
 from unimim.pictures import code_colors, principal_components
 from unimim.selection import LastBlock
 
@@ -255,8 +256,9 @@ class Student(nn.Module, ABC):
     def check_image_size(self, images: Tensor) -> None:
         """
         Raises:
-            ValueError: the images [b 3 H W] are not of the size that the backbone was built for.
+            ValueError: the images [b 3 H W] are not of the size that the backbone was built for; or as `check_images`.
         """
+        check_images(images)
         if tuple(images.shape[-2:]) != self.image_size:
             given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
             raise ValueError(

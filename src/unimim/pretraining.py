@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from unimim.backbones import check_object, checkpoint_activations
+from unimim.batches import check_pixels, checked, images_in
 from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
 from unimim.faults import SkipNonFinite, guarded
@@ -147,6 +148,23 @@ class MaskedImageModeling(pl.LightningModule):
         if self.selection == "masked":
             return mask
         return inverse(mask) if self.selection == "visible" else counted(torch.ones_like(mask), mask[0].numel())
+
+    # Its encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Gives the encoder's tokens of whole images: timm's `forward_features` of what the student's mean and std normalize.
+
+        [b 3 H W] in [0, 1] -> tokens: [b prefix+n d] of a ViT, BEiT or EVA, CLS first; [b h w d] of a Swin.
+        `unimim.probing.pool` makes one vector an image of them.
+        """
+        tokens: Tensor = self.student.backbone.forward_features(self.student.normalize(images))
+        return tokens
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> `forward` of the images."""
+        with sparing(self.student):
+            tokens: Tensor = self(images_in(batch))
+        return tokens
 
     # Its optimization
 
@@ -335,38 +353,43 @@ class MaskedImageModeling(pl.LightningModule):
         """Batches as `training_step` gets them; the data is not opened until the first is asked for.
 
         Raises:
-            ValueError: as `check_batch`.
+            ValueError: as `check_batch`, and of the first as `check_pixels`.
         """
         trainer: Any = self.trainer
         try:
-            for batch in trainer.train_dataloader:
+            for number, batch in enumerate(trainer.train_dataloader):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 self.check_batch(batch)
+                if number == 0:
+                    check_pixels(batch)
                 yield batch
         finally:  # persistent workers have one iterator for all: training would go on behind these batches
             iter(trainer.fit_loop._data_fetcher)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, what makes a resumed run exact, and what the teacher brings.
+        """The guard against updates that are not finite, what makes a resumed run exact, the look at the first batch, and what
+        the teacher brings.
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *self.teacher.callbacks()]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """
-        Raises:
-            ValueError: as `check_batch`.
-        """
-        self.check_batch(batch)
+        return [
+            *guarded(self.trainer, self.guard),
+            *exact_resume(self.trainer),
+            *checked(self.trainer),
+            *self.teacher.callbacks(),
+        ]
 
     def check_batch(self, batch: Any) -> None:
-        """
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
         Raises:
-            ValueError: the batch is not images alone, or not of the student's size.
+            ValueError: the batch is not images alone (in a prediction also with labels), not of the student's size, or not
+                pixels in three channels.
         """
+        if self._trainer is not None and self._trainer.predicting:
+            batch = images_in(batch)
         if not isinstance(batch, Tensor) or batch.ndim != 4:
             labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""
             if isinstance(batch, Crop):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model
+from unimim.batches import check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
 from unimim.launching import check_processes
@@ -38,17 +39,24 @@ def extract_features(
     Pixels are normalized by the `mean` and `std` of `backbone.pretrained_cfg`, on the backbone's device. A feature comes
     from the tokens that end `forward_features`: behind the final norm, if the backbone was made with `global_pool=''`.
 
+    The first batch is looked at as a training's is.
+
     In several processes each has its share of the images, and `gather_shards` puts features and labels together.
+
+    Raises:
+        ValueError: the first batch is not as `check_pixels` wants it, float32 or as the backbone's weights; as `pool`.
     """
     training = backbone.training
-    device = next(backbone.parameters()).device
+    device, dtype = next((parameter.device, parameter.dtype) for parameter in backbone.parameters())
     mean, std = (torch.tensor(backbone.pretrained_cfg[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
     backbone.eval()
     features, labels = [], []
-    for images, batch_labels in batches:
+    for number, (images, batch_labels) in enumerate(batches):
+        kind = dtype if images.dtype == dtype else torch.float32
+        (check_images if number else check_pixels)(images, kind)
         check_image_size(backbone, images)
         with sparing(backbone):
-            tokens = backbone.forward_features((images.to(device) - mean) / std)
+            tokens = backbone.forward_features(((images.to(device) - mean) / std).to(dtype))
         features.append(pool(backbone, tokens, feature).float())
         labels.append(batch_labels.to(device))
     backbone.train(training)
@@ -319,8 +327,19 @@ class Probe(pl.LightningModule, ABC):
             self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What makes a resumed run exact. A subclass adds its own to it: `[*super().configure_callbacks(), ...]`."""
-        return exact_resume(self.trainer)
+        """What makes a resumed run exact, and the look at the first batch.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        """
+        return [*exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, self.num_classes, axes=1, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """
@@ -358,6 +377,7 @@ class Probe(pl.LightningModule, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1] -> logits of all heads [rates b classes]"""
+        check_images(images)
         check_image_size(self.backbone.network, images)
         with torch.no_grad(), sparing(self.backbone.network):
             tokens = self.backbone.network.forward_features((images - self.mean) / self.std)

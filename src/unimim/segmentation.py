@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from unimim.backbones import check_timm_model, create_backbone
+from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
@@ -213,7 +214,12 @@ class UperNetSegmentation(pl.LightningModule):
         return total / (labels != IGNORED).sum().clamp(min=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
+        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
+
+        Raises:
+            ValueError: as `check_images`.
+        """
+        check_images(images)
         return (images - self.mean) / self.std
 
     def on_train_epoch_end(self) -> None:
@@ -366,13 +372,14 @@ class UperNetSegmentation(pl.LightningModule):
 
     # Its pictures
 
-    def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> the likeliest labels [b H W].
 
         The images are seen as those of a validation are: scaled to fit in the data's `resize`, (long, short). Where the data
         has none, the short side is that of `crop_size` and the long side four times that (ADE20K: 2048, 512). So memory holds
         a map of at most [b classes short long], and eight classes at the photo's size.
         """
+        images = images_in(batch)
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         long, short = self.sides or (4 * short, short)
         seen = scaled(size, min(long / max(size), short / min(size)))
@@ -410,11 +417,19 @@ class UperNetSegmentation(pl.LightningModule):
         return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, and what makes a resumed run exact.
+        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
 
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, self.num_classes, axes=3, ignored=IGNORED, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
