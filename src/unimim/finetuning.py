@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone
+from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
 from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
@@ -124,6 +124,7 @@ class FineTuning(pl.LightningModule):
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", self.backbone)
+        self.backbone = uncompiled(self.backbone)
         classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
             raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")

@@ -16,6 +16,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unimim.backbones import timm_model
+
 FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
 """Those whose layers for fine-tuning are known from their official code."""
 
@@ -56,13 +58,14 @@ def layer_decay_groups(backbone: nn.Module, lr: float, weight_decay: float, laye
     is what Lightning's LearningRateMonitor shows.
 
     Args:
-        backbone: a timm model, with or without its classifier; what needs no gradient is in no group.
+        backbone: a timm model, with or without its classifier, or a wrapper of one; what needs no gradient is in no group.
         lr: of the head, absolute.
         weight_decay: of what decays.
         layer_decay: factor from each layer to the one below; 1 for none.
     """
     ids = layer_ids(backbone)
-    last = depth(backbone) + 1 if isinstance(backbone, FAMILIES) else max(ids.values())
+    network = timm_model(backbone)
+    last = depth(network) + 1 if isinstance(network, FAMILIES) else max(ids.values())
     kept = undecayed(backbone)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in backbone.named_parameters():
@@ -85,11 +88,18 @@ def layer_ids(backbone: Any) -> dict[str, int]:
     (they: with the head), a bias table that BEiT's blocks share with the embedding (with the head), and Swin's downsampling,
     which timm moved to the start of the next stage, with that stage's first block (with the last block before it).
 
-    Other families have timm's own layers, uncorrected; the head's id is then the highest.
+    Other families have timm's own layers, uncorrected; the head's id is then the highest. What a wrapper of the model (peft's,
+    torch.compile's) adds within a layer is of that layer, and what it adds beside the model has the head's id.
     """
+    network = timm_model(backbone)
+    if network is not backbone:
+        ids = layer_ids(network)
+        head = depth(network) + 1 if isinstance(network, FAMILIES) else max(ids.values())
+        of = {id(parameter): ids[name] for name, parameter in network.named_parameters()}
+        return {name: of.get(id(parameter), head) for name, parameter in backbone.named_parameters()}
     if not hasattr(backbone, "group_matcher"):
         return dict(auto_group_layers(backbone))
-    ids: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    ids = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
     if isinstance(backbone, FAMILIES):
         head = depth(backbone) + 1
         for name in ids:

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, check_timm_model
+from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
@@ -274,7 +274,7 @@ def loaded(backbone: str | nn.Module) -> Any:
     if isinstance(backbone, str):
         return load_backbone(backbone)
     check_timm_model("model.backbone", backbone)
-    return backbone
+    return uncompiled(backbone)
 
 
 class Probe(pl.LightningModule, ABC):

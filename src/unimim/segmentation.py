@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from unimim.backbones import check_timm_model, create_backbone
+from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
 from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
@@ -155,6 +155,7 @@ class UperNetSegmentation(pl.LightningModule):
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", network)
+        network = uncompiled(network)
         config = network.pretrained_cfg
         self.pyramid = FeaturePyramid(network, blocks, checkpointing)
         self.head = UperNetHead(self.pyramid.channels, channels, num_classes, dropout)
@@ -297,7 +298,7 @@ class UperNetSegmentation(pl.LightningModule):
         Raises:
             ValueError: as `whole`; the backbone is in shards.
         """
-        backbone = self.pyramid.backbone
+        backbone = timm_model(self.pyramid.backbone)
         if self.built in (None, size) or not takes_only_its_size(backbone):
             return self.pyramid
         if not isinstance(backbone, (VisionTransformer, Beit, Eva)):
@@ -322,9 +323,10 @@ class UperNetSegmentation(pl.LightningModule):
             shared = {id(part): part for part in (*self.pyramid.parameters(), *self.pyramid.buffers())}
             with torch.inference_mode(False), torch.no_grad():
                 pyramid = copy.deepcopy(self.pyramid, shared)
-                if isinstance(pyramid.backbone, Beit):
-                    resize_blocks(pyramid.backbone, size)
-                pyramid.backbone.set_input_size(img_size=size)
+                network = timm_model(pyramid.backbone)
+                if isinstance(network, Beit):
+                    resize_blocks(network, size)
+                network.set_input_size(img_size=size)
                 kept = pyramid, {name: table.clone() for name, table in tables.items()}
         self.resized[size] = kept
         while len(self.resized) > KEPT_SIZES:
