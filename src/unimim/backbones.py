@@ -91,7 +91,7 @@ def uncompiled(backbone: Any) -> Any:
 
 
 def timm_model(backbone: Any) -> Any:
-    """The timm model in a wrapper, such as peft's: it has timm's class, and timm's names. Without a wrapper, or timm, as it is."""
+    """The timm model in a wrapper such as peft's, for it has timm's class and names; what has none within is given back."""
     return next((part for part in backbone.modules() if is_timms(type(part)) and "pretrained_cfg" in vars(part)), backbone)
 
 

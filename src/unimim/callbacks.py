@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.data.folder import NO_PHOTOS
 from unimim.interfaces import check_positive
+from unimim.optim import all_steps
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling
 from unimim.probing import accuracy, extract_features, gather_shards, knn
@@ -188,7 +189,7 @@ class TrainingBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
-        self.steps = trainer.estimated_stepping_batches
+        self.steps = all_steps(trainer)
         self.first = None
         self.batches.clear()
 

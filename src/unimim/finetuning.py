@@ -16,7 +16,7 @@ from unimim.backbones import check_image_size, check_timm_model, checkpoint_acti
 from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
-from unimim.launching import check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -226,6 +226,7 @@ class FineTuning(pl.LightningModule):
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
+        check_callbacks(self.trainer)
         return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
 
     def check_batch(self, batch: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.callbacks import BackboneFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import rank_zero_info
@@ -58,6 +59,35 @@ def check_processes(trainer: pl.Trainer) -> None:
             f"{trainer.num_devices} devices): give --trainer.devices {started // nodes} --trainer.num_nodes {nodes} "
             f"--trainer.strategy ddp, or start {counted}"
         )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Looks for callbacks of Lightning that would change the batch, the rates or what learns behind the schedule's back.
+
+    `pytorch_lightning.tuner.Tuner` uses two of them before a training, and is fine.
+
+    Raises:
+        ValueError: there is one.
+    """
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not callback._early_exit:
+            finder = "lr_find(model, ...)" if isinstance(callback, LearningRateFinder) else "scale_batch_size(model, ...)"
+            raise ValueError(
+                f"trainer.callbacks: {name} would find its number when the schedule is made already, which would not follow: "
+                f"leave it out, and call pytorch_lightning.tuner.Tuner(trainer).{finder} before trainer.fit"
+            )
+        if isinstance(callback, BackboneFinetuning):
+            raise ValueError(
+                f"trainer.callbacks: {name} adds groups of parameters that the schedule does not know, and freezes a "
+                f"classifier with its backbone: leave it out; model.layer_decay slows the lower layers, a probe trains only a head"
+            )
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, and {name} would change it: leave one "
+                f"of them out"
+            )
 
 
 def check_unseen(counted: int, nodes: int) -> None:

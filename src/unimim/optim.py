@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from unimim.backbones import timm_model
+from unimim.randomness import accumulated
 
 FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
 """Those whose layers for fine-tuning are known from their official code."""
@@ -122,7 +123,12 @@ def fused_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
 
     With `precision: 16-mixed` the gradients are unscaled before the step and not within it, as they have to be for clipping.
     It stays fused when the state of one that was not is loaded.
+
+    Raises:
+        ValueError: nothing learns.
     """
+    if not any(group["params"] for group in groups):
+        raise ValueError("nothing is left to learn, every parameter has requires_grad=False: let some of them learn")
     optimizer: Any = AdamW(groups, lr=lr, betas=betas, fused=True)
     optimizer.register_load_state_dict_pre_hook(as_fused)
     optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip, and the GradScaler sets found_inf itself
@@ -159,15 +165,21 @@ def schedule(
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: the optimizer, and `warmup_cosine` over all steps of this training.
 
-    Accumulation is accounted for; `warmup_epochs` may be a part of one, and is cut to the length of the training.
+    Accumulation is accounted for, also where it changes by epoch; `warmup_epochs` may be a part of one, and is cut to the
+    length of the training.
 
     Raises:
-        ValueError: the training has no end.
+        ValueError: as `optimizer_steps`; a warm-up over epochs of data without a length.
     """
     total_steps = optimizer_steps(trainer)
-    trainer.fit_loop.setup_data()  # the line above leaves the data alone when max_steps is given
-    steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps)
+    if warmup_epochs and trainer.num_training_batches == math.inf:
+        raise ValueError(
+            f"model.warmup_epochs is {warmup_epochs:g}, but the data is a stream, whose epoch has no length: set "
+            f"trainer.limit_train_batches to the batches of an epoch, or warmup_epochs to 0"
+        )
+    steps = [steps_in(trainer, epoch) for epoch in range(math.ceil(warmup_epochs))]
+    warmup = warmup_epochs * steps[0] if len(set(steps)) == 1 else sum(steps[:-1]) + (warmup_epochs % 1 or 1) * sum(steps[-1:])
+    warmup_steps = min(round(warmup), total_steps)
     scheduler = warmup_cosine(optimizer, warmup_steps, total_steps, warmup_lr, min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -203,14 +215,46 @@ def poly_schedule(
 
 
 def optimizer_steps(trainer: pl.Trainer) -> int:
-    """All steps of this training; accumulation is accounted for.
+    """All steps of this training, as `all_steps`.
 
     Raises:
-        ValueError: the training has no end.
+        ValueError: it has no end, or no batch.
     """
-    if trainer.estimated_stepping_batches == math.inf:
+    limit: Any = trainer.limit_train_batches
+    if limit == 0:
+        raise ValueError(f"there is nothing to train on: trainer.limit_train_batches is {limit}")
+    steps = all_steps(trainer)
+    if steps == math.inf and trainer.max_epochs == -1:
         raise ValueError("an endless training has no cosine and no poly: set trainer.max_epochs or trainer.max_steps")
-    return int(trainer.estimated_stepping_batches)
+    if steps == math.inf:
+        raise ValueError(
+            "the data is a stream, whose epoch has no length, so that cosine and poly have no end: set trainer.max_steps, or "
+            "trainer.limit_train_batches to the batches of an epoch"
+        )
+    if trainer.num_training_batches == 0:
+        batch = getattr(trainer.train_dataloader, "batch_size", None)
+        raise ValueError(
+            f"{trainer.world_size} devices share the data, and none has a whole batch of {batch}: lower data.batch_size"
+        )
+    return int(steps)
+
+
+def all_steps(trainer: pl.Trainer) -> float:
+    """The steps of the optimizer in this training; infinity where it has no end, or its epochs no length.
+
+    Unlike Lightning's `estimated_stepping_batches`, it knows a GradientAccumulationScheduler, which changes from epoch to epoch
+    how many batches an update has.
+    """
+    trainer.fit_loop.setup_data()
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.max_epochs in (None, -1) or trainer.num_training_batches == math.inf:
+        return limit
+    return min(limit, sum(steps_in(trainer, epoch) for epoch in range(max(1, trainer.max_epochs))))
+
+
+def steps_in(trainer: pl.Trainer, epoch: int) -> int:
+    """Steps of the optimizer in an epoch; the last of it may be of fewer batches."""
+    return math.ceil(trainer.num_training_batches / accumulated(trainer, epoch))
 
 
 def fitting_lr(lr: float, images: int, recipe_batch: int | None, scale_lr: bool) -> float:

@@ -16,10 +16,10 @@ from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.launching import check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
-from unimim.optim import fused_adamw, parameter_groups, schedule
+from unimim.optim import all_steps, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -329,17 +329,10 @@ class MaskedImageModeling(pl.LightningModule):
                     block.compile(**options)
 
     def on_fit_start(self) -> None:
-        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself.
-
-        Raises:
-            ValueError: there is nothing to train on.
-        """
+        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself."""
         print_once(self.summary())
-        self.total_steps = self.trainer.estimated_stepping_batches
         devices = self.trainer.world_size
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
-        if self.trainer.num_training_batches == 0:
-            raise ValueError(f"{devices} devices share the data, and none has a whole batch of {batch}: lower data.batch_size")
         if batch:
             print_once(step_in_words(self.trainer, batch, self.lr))
         if self.global_rank == 0:
@@ -348,6 +341,10 @@ class MaskedImageModeling(pl.LightningModule):
         if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
             for module in (self.teacher, *self.teacher.networks()):
                 broadcast_parameters(module)
+
+    def on_train_start(self) -> None:
+        """Takes the length of the training, by which the teacher's momentum goes."""
+        self.total_steps = all_steps(self.trainer)
 
     def training_images(self) -> Iterator[Tensor]:
         """Batches as `training_step` gets them; the data is not opened until the first is asked for.
@@ -374,6 +371,7 @@ class MaskedImageModeling(pl.LightningModule):
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
+        check_callbacks(self.trainer)
         return [
             *guarded(self.trainer, self.guard),
             *exact_resume(self.trainer),

@@ -21,7 +21,7 @@ from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
-from unimim.launching import check_processes
+from unimim.launching import check_callbacks, check_processes
 from unimim.optim import parameter_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -331,6 +331,7 @@ class Probe(pl.LightningModule, ABC):
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
         """
+        check_callbacks(self.trainer)
         return [*exact_resume(self.trainer), *checked(self.trainer)]
 
     def check_batch(self, batch: Any) -> None:

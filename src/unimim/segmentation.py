@@ -21,7 +21,7 @@ from unimim.batches import check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
-from unimim.launching import check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.processor import sparing
@@ -423,6 +423,7 @@ class UperNetSegmentation(pl.LightningModule):
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
+        check_callbacks(self.trainer)
         return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
 
     def check_batch(self, batch: Any) -> None:
