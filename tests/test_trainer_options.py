@@ -1,4 +1,4 @@
-"""What Lightning lets one ask of a Trainer: it is done as asked, or refused in one line; the schedule ends where training does."""
+"""What Lightning lets one ask of a Trainer: done as asked, or refused in one line; the schedule ends where training does."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from pytorch_lightning.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from unimim import FineTuning, LinearProbe, ResumableSampler, SeededSamples, UperNetSegmentation
+from unimim import FineTuning, LinearProbe, MaskTokenStudent, ResumableSampler, SeededSamples, UperNetSegmentation
 
 VIT = "vit_tiny_patch16_224"
 TASKS = ["pretraining", "finetuning", "segmentation", "probing"]
@@ -202,6 +202,95 @@ def test_the_tuner_finds_a_rate_and_a_batch(tmp_path: Path, name: str) -> None:
     runner = trainer(tmp_path, max_epochs=2, callbacks=[rates])
     runner.fit(model, data)
     assert runner.global_step == len(rates.found) == 6
+
+
+# Checkpoints of other models
+
+
+@pytest.mark.parametrize("name", TASKS[:3])
+def test_a_checkpoint_of_another_width_is_refused_with_its_first_keys(tmp_path: Path, name: str) -> None:
+    def wide(width: int) -> Any:
+        args = {**PLAIN, "depth": 4, "embed_dim": width}
+        if name == "pretraining":
+            return tiny_model(student=MaskTokenStudent(VIT, args))
+        if name == "finetuning":
+            return FineTuning(VIT, model_args=args, num_classes=3)
+        return UperNetSegmentation(VIT, model_args=args, num_classes=3, channels=8)
+
+    loader = DataLoader(samples(name, 4), batch_size=4)
+    runner = trainer(tmp_path)
+    runner.fit(wide(24), loader)
+    runner.save_checkpoint(tmp_path / "narrow.ckpt")
+    said = r"another model than this \w+: \d+ of another shape \(.*\.cls_token \(1, 1, 24\) for \(1, 1, 32\), .*trained with"
+    with pytest.raises(ValueError, match=said) as caught:
+        trainer(tmp_path, max_epochs=2).fit(wide(32), loader, ckpt_path=tmp_path / "narrow.ckpt")
+    assert "\n" not in str(caught.value)
+    trainer(tmp_path, max_epochs=2).fit(wide(24), loader, ckpt_path=tmp_path / "narrow.ckpt")
+
+
+def test_a_checkpoint_of_another_task_is_refused_and_a_part_is_taken_where_that_is_asked(tmp_path: Path) -> None:
+    runner = trainer(tmp_path)
+    runner.fit(task("pretraining"), DataLoader(samples("pretraining"), batch_size=4))
+    runner.save_checkpoint(tmp_path / "encoder.ckpt")
+    loader = DataLoader(samples("finetuning"), batch_size=4)
+    with pytest.raises(ValueError, match="another model than this FineTuning: .* missing .*; .* unexpected .*; give the arguments"):
+        trainer(tmp_path).fit(task("finetuning"), loader, ckpt_path=tmp_path / "encoder.ckpt")
+    runner = trainer(tmp_path)
+    model = task("finetuning")
+    runner.fit(model, loader)
+    runner.save_checkpoint(tmp_path / "tuned.ckpt")
+    content = torch.load(tmp_path / "tuned.ckpt", weights_only=False)
+    del content["state_dict"]["backbone.head.weight"]
+    torch.save(content, tmp_path / "headless.ckpt")
+    given = {"map_location": "cpu", "weights_only": False}
+    part = FineTuning.load_from_checkpoint(tmp_path / "headless.ckpt", strict=False, **given)
+    assert torch.equal(part.backbone.cls_token, model.backbone.cls_token)
+    model.strict_loading = False
+    trainer(tmp_path).validate(model, loader, ckpt_path=tmp_path / "headless.ckpt", verbose=False)
+
+
+# Batches and classes
+
+
+def test_an_odd_batch_is_not_mixed(tmp_path: Path) -> None:
+    """Told before the first step where the loader knows its length, else when it comes."""
+    model = task("finetuning", mixup=0.8)
+    said = "a batch has 1 images, but mixup and cutmix mix pairs: make data.batch_size even, .*drop_last=True"
+    items = samples("finetuning", 9)
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, limit_train_batches=1).fit(model, DataLoader(items, batch_size=4))
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, max_steps=3).fit(
+            task("finetuning", mixup=0.8, warmup_epochs=0), DataLoader(Stream(items), batch_size=4)
+        )
+    trainer(tmp_path).fit(model, DataLoader(items, batch_size=4, drop_last=True))
+
+
+@pytest.mark.parametrize("name", TASKS[1:])
+def test_one_class_is_nothing_to_tell_apart(tmp_path: Path, name: str) -> None:
+    class One(pl.LightningDataModule):
+        classes = ("ant",)
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(samples(name), batch_size=4)
+
+    with pytest.raises(ValueError, match="the data has 1 class, .*give it images of 2 or more"):
+        trainer(tmp_path).fit(task(name), One())
+    with pytest.raises(ValueError, match="num_classes"):
+        FineTuning(VIT, num_classes=1)
+
+
+def test_a_probe_whose_every_rate_is_lost_says_so(tmp_path: Path) -> None:
+    """An image that is no number kills the batch norm and with it all heads; a rate that is too high kills its own head."""
+    items = samples("probing")
+    items[6][0][0, 0, 0] = torch.nan
+    model = task("probing")
+    with pytest.raises(FloatingPointError, match="loss of every rate is NaN or infinite at step 2: see that the pixels"):
+        trainer(tmp_path).fit(model, DataLoader(items, batch_size=4))
+    backbone = timm.create_model(VIT, **PLAIN, num_classes=0, global_pool="")
+    trainer(tmp_path, max_epochs=3).fit(
+        LinearProbe(backbone, 3, lrs=(0.1, 1e38), warmup_epochs=0), DataLoader(samples("probing"), batch_size=4)
+    )
 
 
 def test_an_encoder_that_is_frozen_whole_has_nothing_to_learn(tmp_path: Path) -> None:

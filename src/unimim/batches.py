@@ -146,6 +146,17 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
         rank_zero_warn(f"no pixel of the first batch is brighter than {high:.4g} of [0, 1]: are they divided by 255 twice?")
 
 
+def check_classes(classes: int, expected: int, who: str) -> None:
+    """
+    Raises:
+        ValueError: the data has one class, or another number than `who` tells apart.
+    """
+    if classes == 1:
+        raise ValueError("the data has 1 class, so that there is nothing to tell apart: give it images of 2 or more")
+    if classes not in (0, expected):  # 0: it does not say
+        raise ValueError(f"the data has {classes} classes, the {who} {expected}: set model.num_classes to {classes}")
+
+
 def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = None, predicting: bool = False) -> None:
     """Looks at a batch (images, labels), and waits for the device.
 

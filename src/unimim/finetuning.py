@@ -10,13 +10,14 @@ from pytorch_lightning.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
-from unimim.batches import check_images, check_labelled, checked, images_in
+from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
-from unimim.launching import check_callbacks, check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -114,6 +115,8 @@ class FineTuning(pl.LightningModule):
         if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
             raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
         if isinstance(backbone, str):
+            if num_classes < 2:
+                raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
             given: dict[str, Any] = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
             if checkpoint is None:
                 self.backbone = create_backbone(backbone, given)
@@ -176,14 +179,30 @@ class FineTuning(pl.LightningModule):
         return loss
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed."""
+        """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed.
+
+        Raises:
+            ValueError: as `normalize`; an odd number of images is to be mixed.
+        """
         images = self.normalize(images)
         if self.erasing is not None:
             self.erasing.device = images.device  # its noise is made where the images are
             images = self.erasing(images)
         if self.mix is not None:
+            self.check_even(len(images))
             images, labels = self.mix(images, labels)
         return images, labels
+
+    def check_even(self, images: int) -> None:
+        """
+        Raises:
+            ValueError: so many images of a batch cannot be mixed in pairs.
+        """
+        if self.mix is not None and images % 2:
+            raise ValueError(
+                f"a batch has {images} images, but mixup and cutmix mix pairs: make data.batch_size even, and let a loader of "
+                f"your own drop its last batch (drop_last=True)"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Top-1 and top-5 of (images, labels)."""
@@ -250,12 +269,7 @@ class FineTuning(pl.LightningModule):
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
-        expected = int(self.backbone.num_classes)
-        if self.classes and len(self.classes) != expected:
-            raise ValueError(
-                f"the data has {len(self.classes)} classes, the classifier {expected}: set model.num_classes to "
-                f"{len(self.classes)}"
-            )
+        check_classes(len(self.classes), int(self.backbone.num_classes), "classifier")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
@@ -265,9 +279,16 @@ class FineTuning(pl.LightningModule):
         self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 
     def on_fit_start(self) -> None:
-        """Says the effective values of a step."""
+        """Says the effective values of a step.
+
+        Raises:
+            ValueError: as `check_even`, of the last batch, where the loader knows how many images it has.
+        """
         trainer: Any = self.trainer
-        if batch := getattr(trainer.train_dataloader, "batch_size", None):
+        loader = trainer.train_dataloader
+        if batch := getattr(loader, "batch_size", None):
+            if isinstance(loader, DataLoader) and not loader.drop_last and not isinstance(loader.dataset, IterableDataset):
+                self.check_even(len(loader.sampler) % batch)  # type: ignore[arg-type]
             rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
 
     def on_train_start(self) -> None:
@@ -291,8 +312,9 @@ class FineTuning(pl.LightningModule):
         """Takes the names of the classes from it, and where its training began.
 
         Raises:
-            ValueError: the data has other classes than the checkpoint.
+            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
+        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

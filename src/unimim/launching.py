@@ -9,8 +9,11 @@ from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import BackboneFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
+
+from unimim.backbones import misfits
 
 COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 """Where launchers say how many processes they started (Slurm, Open MPI, MPICH), which Lightning does not always read."""
@@ -81,13 +84,31 @@ def check_callbacks(trainer: pl.Trainer) -> None:
         if isinstance(callback, BackboneFinetuning):
             raise ValueError(
                 f"trainer.callbacks: {name} adds groups of parameters that the schedule does not know, and freezes a "
-                f"classifier with its backbone: leave it out; model.layer_decay slows the lower layers, a probe trains only a head"
+                f"classifier with its backbone: leave it out; model.layer_decay slows the lower layers, a probe trains a head"
             )
         if isinstance(callback, GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, and {name} would change it: leave one "
                 f"of them out"
             )
+
+
+def check_resumed(task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Looks, before its weights are loaded, that a checkpoint is of a model like this one.
+
+    Of a folder of shards the weights are elsewhere, and torch says it.
+
+    Raises:
+        ValueError: keys are of another shape, or (in a Trainer, unless `strict_loading` is False) missing or unexpected.
+    """
+    weights = checkpoint.get("state_dict") or {}
+    if not weights or (task._trainer is not None and isinstance(task.trainer.strategy, FSDPStrategy)):
+        return
+    if found := misfits(task, weights, strict=task._trainer is not None and task.strict_loading):
+        raise ValueError(
+            f"the checkpoint is of another model than this {type(task).__name__}: {found}; give the arguments that it was "
+            f"trained with"
+        )
 
 
 def check_unseen(counted: int, nodes: int) -> None:

@@ -16,7 +16,7 @@ from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.launching import check_callbacks, check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
 from unimim.optim import all_steps, fused_adamw, parameter_groups, schedule
@@ -403,6 +403,13 @@ class MaskedImageModeling(pl.LightningModule):
         self.guard.check_saved(self.trainer, checkpoint)
         checkpoint["backbone"] = describe_backbone(self.student)
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: as `check_resumed`.
+        """
+        check_resumed(self, checkpoint)
 
     # What a person sees
 

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model, uncompiled
-from unimim.batches import check_images, check_labelled, check_pixels, checked
+from unimim.batches import check_classes, check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import Frozen
-from unimim.launching import check_callbacks, check_processes
+from unimim.launching import check_callbacks, check_processes, check_resumed
 from unimim.optim import parameter_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
+from unimim.waiting import may_wait
 
 Feature = Literal["mean", "cls"]
 """One vector an image: the mean of the patch tokens, or the CLS token."""
@@ -362,11 +363,7 @@ class Probe(pl.LightningModule, ABC):
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
-        classes = len(getattr(data, "classes", []))
-        if classes and classes != self.num_classes:
-            raise ValueError(
-                f"the data has {classes} classes, the probe {self.num_classes}: set model.num_classes to {classes}"
-            )
+        check_classes(len(getattr(data, "classes", [])), self.num_classes, "probe")
 
     @abstractmethod
     def inputs(self, tokens: Tensor) -> Tensor:
@@ -391,6 +388,17 @@ class Probe(pl.LightningModule, ABC):
         self.log_dict({f"train/loss_lr_{lr:g}": loss for lr, loss in zip(self.lrs, losses.detach(), strict=True)})
         self.log("train/loss", losses.detach().nan_to_num(nan=torch.inf).min(), prog_bar=True)
         return losses.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """
+        Raises:
+            FloatingPointError: no rate has a loss that is finite, as of an image that is not.
+        """
+        if may_wait(self.trainer) and not self.trainer.callback_metrics["train/loss"].isfinite():
+            raise FloatingPointError(
+                f"the loss of every rate is NaN or infinite at step {self.trainer.global_step}: see that the pixels and the "
+                f"backbone's weights are finite, or lower model.lrs; the last checkpoint is kept"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -459,7 +467,7 @@ class Probe(pl.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone.
+            ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone; and as `check_resumed`.
         """
         ours: dict[str, Any] = {}
         self.on_save_checkpoint(ours)
@@ -471,6 +479,7 @@ class Probe(pl.LightningModule, ABC):
             raise ValueError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
         if checkpoint["probe_backbone"] != self.digest:
             raise ValueError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
+        check_resumed(self, checkpoint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
         self.backbone.network._apply(fn)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
-from unimim.batches import check_images, check_labelled, checked, images_in
+from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
-from unimim.launching import check_callbacks, check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.processor import sparing
@@ -450,11 +450,7 @@ class UperNetSegmentation(pl.LightningModule):
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(
-                f"the data has {len(self.classes)} classes, the head {self.num_classes}: set model.num_classes to "
-                f"{len(self.classes)}"
-            )
+        check_classes(len(self.classes), self.num_classes, "head")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
@@ -502,8 +498,9 @@ class UperNetSegmentation(pl.LightningModule):
         """Takes the names of the classes from it, and where its training began.
 
         Raises:
-            ValueError: the data has other classes than the checkpoint.
+            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
+        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 
