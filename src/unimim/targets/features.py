@@ -48,7 +48,7 @@ class FeatureTarget(TargetGenerator):
 
     Raises:
         ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
-            network has no use for; on use, grids that do not meet.
+            network has no use for; on use, grids that do not meet, or a size or a norm that the timm model does not take.
         FileNotFoundError: there is no file at `weights`.
     """
 
@@ -214,9 +214,20 @@ class FeatureTarget(TargetGenerator):
             network.requires_grad_(False)  # the positions are a new parameter, in older timm one that learns
             if isinstance(network, VisionTransformer) and network.pos_embed is not None and table is not None:
                 network.pos_embed.copy_(resized_positions(table, old, network.patch_embed.grid_size))
-        (features,) = network.forward_intermediates(
-            images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
-        )
+        try:
+            (features,) = network.forward_intermediates(
+                images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
+            )
+        except (AssertionError, RuntimeError) as error:
+            if type(error) not in (AssertionError, RuntimeError):  # a device's, as of memory
+                raise
+            made_for = network.pretrained_cfg["input_size"][-1]
+            reason = next(iter(str(error).splitlines()), "") or "no reason given"
+            raise ValueError(
+                f"model.teacher: timm's {self.name} does not give block {self.layer} with norm {self.norm} at "
+                f"{images.shape[-2]}x{images.shape[-1]} pixels ({reason}): set model.teacher.resolution ({made_for} is what it is "
+                f"made for), or model.teacher.norm to false"
+            ) from error
         if self.project:
             features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
         return features
