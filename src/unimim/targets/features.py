@@ -218,15 +218,15 @@ class FeatureTarget(TargetGenerator):
             (features,) = network.forward_intermediates(
                 images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
             )
-        except (AssertionError, RuntimeError) as error:
-            if type(error) not in (AssertionError, RuntimeError):  # a device's, as of memory
+        except (AssertionError, IndexError, RuntimeError) as error:
+            if type(error) not in (AssertionError, IndexError, RuntimeError):  # a device's, as of memory
                 raise
             made_for = network.pretrained_cfg["input_size"][-1]
             reason = next(iter(str(error).splitlines()), "") or "no reason given"
             raise ValueError(
                 f"model.teacher: timm's {self.name} does not give block {self.layer} with norm {self.norm} at "
-                f"{images.shape[-2]}x{images.shape[-1]} pixels ({reason}): set model.teacher.resolution ({made_for} is what it is "
-                f"made for), or model.teacher.norm to false"
+                f"{images.shape[-2]}x{images.shape[-1]} pixels ({reason}): set model.teacher.resolution (it is made "
+                f"for {made_for}), or model.teacher.norm to false"
             ) from error
         if self.project:
             features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
