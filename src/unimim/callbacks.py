@@ -125,10 +125,11 @@ class KNNCallback(pl.Callback):
         temperature: of their votes, see `unimim.probing.knn`.
 
     Raises:
-        ValueError: the data module has no labelled images, or fewer than k.
+        ValueError: a number below 1; the data module has no labelled images, or fewer than k.
     """
 
     def __init__(self, every_n_epochs: int = 10, k: int = 20, temperature: float = 0.07) -> None:
+        check_positive("KNNCallback", every_n_epochs=every_n_epochs, k=k)
         self.every_n_epochs = every_n_epochs
         self.k = k
         self.temperature = temperature

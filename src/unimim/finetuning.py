@@ -18,7 +18,7 @@ from unimim.batches import check_classes, check_images, check_labelled, checked,
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
-from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
+from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
@@ -92,31 +92,25 @@ class FineTuning(pl.LightningModule):
             raise ValueError(
                 f"model: label_smoothing within 0 to 1, recipe_batch at least 1; got {label_smoothing}, {recipe_batch}"
             )
+        check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
+        check_warmup(warmup_epochs)
         if (
-            not lr > 0
-            or not 0 < layer_decay <= 1
-            or min(weight_decay, warmup_epochs, mixup, cutmix) < 0
+            not 0 < layer_decay <= 1
+            or not mixup >= 0
+            or not cutmix >= 0
             or not 0 <= erasing <= 1
+            or not 0 < head_init_scale <= 1
         ):
             raise ValueError(
-                f"model: lr above 0, layer_decay within 0 to 1, weight_decay, warmup_epochs, mixup and cutmix not below 0, "
-                f"erasing a probability; got {lr}, {layer_decay}, {weight_decay}, {warmup_epochs}, {mixup}, {cutmix}, {erasing}"
+                f"model: layer_decay within 0 to 1, head_init_scale within 0 to 1, mixup and cutmix not below 0, erasing a "
+                f"probability; got {layer_decay}, {head_init_scale}, {mixup}, {cutmix}, {erasing}"
             )
-        if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr or not 0 < head_init_scale <= 1:
-            raise ValueError(
-                f"model: min_lr and warmup_lr within 0 to lr, head_init_scale within 0 to 1; got {min_lr}, {warmup_lr} with lr "
-                f"{lr}, {head_init_scale}"
-            )
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
         self.guard = SkipNonFinite(max_skipped_updates)
         self.checkpoint = self.pretrained_from = checkpoint
         self.backbone: Any = backbone
         if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
             raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
         if isinstance(backbone, str):
-            if num_classes < 2:
-                raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
             given: dict[str, Any] = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
             if checkpoint is None:
                 self.backbone = create_backbone(backbone, given)
@@ -130,7 +124,9 @@ class FineTuning(pl.LightningModule):
         self.backbone = uncompiled(self.backbone)
         classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
-            raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
+            raise ValueError(
+                "fine-tuning needs a backbone with a classifier of 2 or more: make it with num_classes and global_pool"
+            )
         if checkpointing:
             checkpoint_activations(self.backbone)
         config = self.backbone.pretrained_cfg

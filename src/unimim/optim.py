@@ -23,6 +23,28 @@ FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
 """Those whose layers for fine-tuning are known from their official code."""
 
 
+def check_rates(lr: float, weight_decay: float, betas: tuple[float, ...], warmup_lr: float = 0.0, min_lr: float = 0.0) -> None:
+    """
+    Raises:
+        ValueError: a number of an AdamW and its schedule is out of its range, or no number.
+    """
+    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"model: lr above 0, weight_decay not below 0, both finite; got {lr}, {weight_decay}")
+    if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr:
+        raise ValueError(f"model: min_lr and warmup_lr within 0 to lr; got {min_lr}, {warmup_lr} with lr {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
+
+
+def check_warmup(warmup_epochs: float) -> None:
+    """
+    Raises:
+        ValueError: it is no number of epochs.
+    """
+    if not 0 <= warmup_epochs < math.inf:
+        raise ValueError(f"model.warmup_epochs is a number of epochs, not below 0: got {warmup_epochs}")
+
+
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: what learns in `modules`, with weight decay and without.
 

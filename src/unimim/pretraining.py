@@ -19,7 +19,7 @@ from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
-from unimim.optim import all_steps, fused_adamw, parameter_groups, schedule
+from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -95,10 +95,8 @@ class MaskedImageModeling(pl.LightningModule):
             self.save_hyperparameters()
         if selection not in ("masked", "visible", "all"):
             raise ValueError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
-        if not lr > 0 or weight_decay < 0 or warmup_epochs < 0:
-            raise ValueError(
-                f"model.lr must be above 0, weight_decay and warmup_epochs not below: got {lr}, {weight_decay}, {warmup_epochs}"
-            )
+        check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
+        check_warmup(warmup_epochs)
         check_object("model.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
         check_object("model.normalization", normalization, nn.Module, "unimim.LayerNorm()")
         check_object("model.masking", masking, Masking, "unimim.BlockMasking()")

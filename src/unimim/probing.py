@@ -20,9 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
-from unimim.interfaces import Frozen
+from unimim.interfaces import Frozen, check_positive
 from unimim.launching import check_callbacks, check_processes, check_resumed
-from unimim.optim import parameter_groups, schedule
+from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.waiting import may_wait
@@ -146,8 +146,10 @@ def knn(
             most 8 chunk (4 chunk + 5 d + 8 k + classes) bytes, whatever n and N: 216 MB for 768 channels and 1000 classes.
 
     Raises:
-        ValueError: k is larger than the bank, or a feature is NaN or infinite.
+        ValueError: k is larger than the bank, a feature is NaN or infinite, or the temperature is not above 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"k-NN's temperature is {temperature}, but it is above 0")
     if k < 1:
         raise ValueError(f"k-NN asks {k} neighbours, but at least 1 votes")
     if k > len(bank):
@@ -294,9 +296,10 @@ class Probe(pl.LightningModule, ABC):
 
     Args:
         head: from what `inputs` gives, to logits [b classes]; each rate gets a copy.
+        betas: of an optimizer that has some; checked here.
 
     Raises:
-        ValueError: no rate, one that is not above 0, or one given twice; fewer than two classes.
+        ValueError: no rate, one that is not above 0, or one given twice; fewer than two classes; a number out of its range.
     """
 
     mean: Tensor
@@ -310,12 +313,15 @@ class Probe(pl.LightningModule, ABC):
         lrs: tuple[float, ...],
         weight_decay: float,
         warmup_epochs: float,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         super().__init__()
         if not lrs or not all(lr > 0 for lr in lrs) or len({f"{lr:g}" for lr in lrs}) < len(lrs):
             raise ValueError(f"model.lrs takes one or more different rates above 0, got {list(lrs)}")
         if num_classes < 2:
             raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
+        check_rates(max(lrs), weight_decay, betas)
+        check_warmup(warmup_epochs)
         config: Any = backbone.pretrained_cfg
         self.backbone = Frozen(backbone)
         self.num_classes = num_classes
@@ -516,6 +522,8 @@ class LinearProbe(Probe):
         weight_decay: float = 0.0,
         warmup_epochs: float = 10,
     ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"model.momentum is at least 0 and below 1, got {momentum}")
         encoder = loaded(backbone)
         check_feature(encoder, feature)
         dim: Any = encoder.num_features
@@ -568,11 +576,12 @@ class AttentiveProbe(Probe):
     ) -> None:
         encoder = loaded(backbone)
         dim: Any = encoder.num_features
+        check_positive("model", num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"model.num_heads {num_heads} does not divide the backbone's {dim} channels")
         pooling = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
         head = nn.Sequential(pooling, nn.Linear(dim, num_classes))
-        super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs)
+        super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs, betas)
         self.save_hyperparameters(ignore=["backbone"])
         self.betas = betas
 

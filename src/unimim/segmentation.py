@@ -22,7 +22,7 @@ from unimim.checkpoint import agreeing_classes, by, describe_network, load_backb
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
-from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
+from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -123,12 +123,11 @@ class UperNetSegmentation(pl.LightningModule):
             )
         if inference not in ("slide", "whole"):
             raise ValueError(f"model.inference is slide or whole, got {inference!r}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
-        if not lr > 0 or not 0 < layer_decay <= 1 or min(weight_decay, auxiliary_weight) < 0 or not 0 <= dropout < 1:
+        check_rates(lr, weight_decay, betas)
+        if not 0 < layer_decay <= 1 or not 0 <= auxiliary_weight < math.inf or not 0 <= dropout < 1:
             raise ValueError(
-                f"model: lr above 0, layer_decay within 0 to 1, weight_decay and auxiliary_weight not below 0, dropout within "
-                f"0 to 1; got {lr}, {layer_decay}, {weight_decay}, {auxiliary_weight}, {dropout}"
+                f"model: layer_decay within 0 to 1, auxiliary_weight not below 0, dropout within 0 to 1; got {layer_decay}, "
+                f"{auxiliary_weight}, {dropout}"
             )
         if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or not power > 0:
             raise ValueError(

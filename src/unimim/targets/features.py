@@ -18,7 +18,7 @@ from unimim.backbones import (
     read_file,
     state_dict_in,
 )
-from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
+from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
 from unimim.selection import last_block
 
@@ -104,6 +104,9 @@ class FeatureTarget(TargetGenerator):
             )
         if dim is None or mean is None or std is None:
             raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
+        check_statistics("model.teacher", mean, std)
+        if resolution is not None:
+            check_positive("model.teacher", resolution=resolution)
         if content is not None:
             load_strictly(module, state_dict_in(content, str(weights)), str(weights))
         self.dim = dim
