@@ -20,7 +20,7 @@ from unimim.faults import SkipNonFinite, guarded
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
+from unimim.randomness import accumulated, exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.waiting import log_loss
 
@@ -271,7 +271,7 @@ class FineTuning(pl.LightningModule):
             return
         if self.mix is not None and batch % 2:
             raise ValueError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
-        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
         self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 
     def on_fit_start(self) -> None:

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
 from unimim.backbones import misfits
+from unimim.randomness import accumulated
 
 COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 """Where launchers say how many processes they started (Slurm, Open MPI, MPICH), which Lightning does not always read."""
@@ -189,8 +190,8 @@ def default_precision(accelerator: Any, plugins: Any) -> str | None:
 
 def step_in_words(trainer: pl.Trainer, batch: int, lr: float) -> str:
     """The effective values of a step: `2048 images a step (8 devices x 256 x 1 accumulated), peak lr 0.0015, bf16-mixed`."""
-    devices, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+    devices, gathered = trainer.world_size, accumulated(trainer, trainer.current_epoch)
     return (
-        f"{devices * batch * accumulated} images a step ({devices} devices x {batch} x {accumulated} accumulated), "
+        f"{devices * batch * gathered} images a step ({devices} devices x {batch} x {gathered} accumulated), "
         f"peak lr {lr:g}, precision {trainer.precision}"
     )

@@ -25,7 +25,7 @@ from unimim.launching import check_callbacks, check_processes, check_resumed, st
 from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
+from unimim.randomness import accumulated, exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
 from unimim.waiting import log_loss
@@ -457,7 +457,7 @@ class UperNetSegmentation(pl.LightningModule):
             raise ValueError(
                 "data.batch_size is 1, but UperNet's pool of 1x1 of one image cannot be batch-normalized: set it to at least 2"
             )
-        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
         self.peak_lr = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr)
 
     def synchronise(self) -> bool:
