@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable
 from functools import partial
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,22 @@ from torch.utils.data import DataLoader
 
 from unimim import (
     AttentiveMasking,
+    AttentiveProbe,
     BlockMasking,
     CenteredSoftmax,
     CodebookTarget,
+    CosineLoss,
     DecoderHead,
     DVAETarget,
     EMAHeadTarget,
     EMATarget,
     FeatureTarget,
+    FineTuning,
     Frozen,
     HOGTarget,
+    KNNCallback,
     LinearHead,
+    LinearProbe,
     MaskedImageModeling,
     MaskTokenStudent,
     MeanColorTarget,
@@ -39,10 +45,12 @@ from unimim import (
     RandomMasking,
     SoftCrossEntropyLoss,
     TargetGenerator,
+    UperNetSegmentation,
     VisibleStudent,
     VQKDTarget,
 )
 from unimim.interfaces import Grid
+from unimim.probing import knn
 
 GRID = (4, 4)
 MASKINGS = {
@@ -469,6 +477,31 @@ class Short(TargetGenerator):
         ),
         (lambda: tiny_model(teacher=Short()), "Short gives torch.int32: discrete targets are long, add .long()"),
         (lambda: SoftCrossEntropyLoss(0), "temperature is 0, but it is above 0"),
+        (lambda: CosineLoss(-1), "CosineLoss: weight is -1, but it is above 0"),
+        (lambda: tiny_model(lr=nan), "lr above 0, weight_decay not below 0, both finite; got nan"),
+        (lambda: tiny_model(weight_decay=nan), "both finite; got 0.0015, nan"),
+        (lambda: tiny_model(warmup_epochs=nan), "warmup_epochs is a number of epochs, not below 0: got nan"),
+        (lambda: tiny_model(lr=1e-6), "min_lr and warmup_lr within 0 to lr; got 1e-05, 1e-06 with lr 1e-06"),
+        (lambda: tiny_model(betas=(0.9,)), "model.betas are at least 0 and below 1, got [0.9]"),
+        (lambda: FineTuning("vit_tiny_patch16_224", lr=inf), "both finite; got inf"),
+        (lambda: UperNetSegmentation("vit_tiny_patch16_224", weight_decay=nan), "both finite; got 5e-05, nan"),
+        (lambda: LinearProbe(tiny_student().backbone, 3, weight_decay=-1), "weight_decay not below 0"),
+        (lambda: LinearProbe(tiny_student().backbone, 3, momentum=2), "model.momentum is at least 0 and below 1, got 2"),
+        (lambda: LinearProbe(tiny_student().backbone, 3, warmup_epochs=-1), "model.warmup_epochs is a number of epochs"),
+        (lambda: AttentiveProbe(tiny_student().backbone, 3, num_heads=0), "model: num_heads is 0, but it is at least 1"),
+        (lambda: AttentiveProbe(tiny_student().backbone, 3, num_heads=2, betas=(2, 2)), "model.betas are at least 0"),
+        (lambda: knn(torch.eye(3), torch.eye(3), torch.arange(3), 1, 0.0), "k-NN's temperature is 0.0, but it is above 0"),
+        (lambda: KNNCallback(every_n_epochs=0), "KNNCallback: every_n_epochs is 0, but it is at least 1"),
+        (
+            lambda: MaskTokenStudent("vit_tiny_patch16_224", std=(0.2, 0, 0.2)),
+            "model.student: mean (0.485, 0.456, 0.406) and std",
+        ),
+        (lambda: MaskTokenStudent("vit_tiny_patch16_224", mean=(0.5,)), "three numbers each, std above 0"),
+        (
+            lambda: FeatureTarget("vit_tiny_patch16_224", weights="random", mean=(123.7, 116.3, 103.5)),
+            "model.teacher: mean (123.7, 116.3, 103.5) and std (0.5, 0.5, 0.5) are not those of red, green and blue in [0, 1]",
+        ),
+        (lambda: FeatureTarget("vit_tiny_patch16_224", weights="random", resolution=0), "resolution is 0, but it is at least"),
     ],
 )
 def test_numbers_that_cannot_be(make: Callable[[], object], said: str) -> None:

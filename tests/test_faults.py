@@ -27,7 +27,17 @@ from torch.distributed import checkpoint as shards_of
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import AtomicCheckpointIO, FineTuning, MaskedImageModeling, StopOnSignal, UperNetSegmentation
+from unimim import (
+    AtomicCheckpointIO,
+    CenteredSoftmax,
+    EMAHeadTarget,
+    FineTuning,
+    MaskedImageModeling,
+    PrototypeHead,
+    SoftCrossEntropyLoss,
+    StopOnSignal,
+    UperNetSegmentation,
+)
 from unimim.commands import differing, finetune, in_one_line, pretrain
 from unimim.optim import fused_adamw
 from unimim.saving import is_whole, newest_first, recipe_in, replace
@@ -53,13 +63,13 @@ class NaNAt(nn.Module):
 
 
 class Watch(pl.Callback):
-    """Weights and optimizer state before and after every batch."""
+    """Weights, buffers that are saved, and optimizer state, before and after every batch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        state = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        state = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
         for i, moments in enumerate(trainer.optimizers[0].state.values()):
             state.update({f"{i}.{name}": value.clone() for name, value in moments.items()})
         self.states.append(state)
@@ -207,6 +217,28 @@ def test_the_other_tasks_skip_and_stop_alike(tmp_path: Path, task: str) -> None:
     assert watch.changed() == [True, False, True, True]
     with pytest.raises(FloatingPointError, match="NaN or infinite by step 1"):
         fit(make(), loader, tmp_path)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_what_moves_in_a_forward_pass_is_put_back_with_the_weights(tmp_path: Path, accumulated: int) -> None:
+    """iBOT's center takes the NaN of an image in batch 3. All batches of its update leave it as it was; then it moves on."""
+    images = torch.rand(16, 3, 32, 32)
+    images[6, 0, 0, 0] = torch.nan
+    model = tiny_model(
+        teacher=EMAHeadTarget(prototypes=16, momentum=1.0),
+        normalization=CenteredSoftmax(16),
+        head=functools.partial(PrototypeHead, hidden=8, bottleneck=4),
+        loss=SoftCrossEntropyLoss(),
+        max_skipped_updates=1,
+        warmup_epochs=0,
+    )
+    _, watch = fit(model, images, tmp_path, accumulate_grad_batches=accumulated)
+    first = 4 - accumulated
+    for state in watch.states[first], watch.states[4]:
+        assert all(torch.equal(state[name], watch.states[first][name]) for name in state)
+    centers = [state["normalization.center"] for state in watch.states]
+    assert all(not torch.equal(before, after) for before, after in itertools.pairwise(centers[4:]))
+    assert centers[8].isfinite().all()
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:

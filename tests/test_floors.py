@@ -13,6 +13,7 @@ SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
     "files": 0,
+    "batches": 0,
     "selection": 0,
     "pictures": 0,
     "processor": 0,

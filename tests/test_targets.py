@@ -5,6 +5,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -878,3 +879,28 @@ def test_a_deep_copy_shares_the_frozen_network() -> None:
     assert copy.deepcopy(Frozen(Linear())).network is not Frozen(Linear()).network
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(duplicate(images, (4, 4)), target(images, (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "fix"),
+    [
+        ("hiera_tiny_224", (7, 7), {"norm": False}),
+        ("sam2_hiera_tiny", (28, 28), {"norm": False, "resolution": 896}),
+        ("maxvit_pico_rw_256", (8, 8), {"resolution": 256}),
+        ("efficientformer_l1", (7, 7), {"resolution": 224}),
+    ],
+)
+def test_a_timm_network_that_does_not_take_the_size_or_the_norm_says_so(name: str, grid: Grid, fix: dict[str, Any]) -> None:
+    """timm asserts, or adds tensors of different sizes; with the fix that the line names, features come."""
+    small = {
+        "hiera_tiny_224": {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)},
+        "sam2_hiera_tiny": {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1), "global_att_blocks": ()},
+        "maxvit_pico_rw_256": {},
+        "efficientformer_l1": {},
+    }[name]
+    images = torch.rand(1, 3, 448, 448)
+    with pytest.raises(ValueError, match=rf"model.teacher: timm's {name} does not give block .* pixels \(.*set model.teacher"):
+        FeatureTarget(name, weights="random", model_args=small)(images, (14, 14))
+    features = FeatureTarget(name, weights="random", model_args=small, **fix)(images, grid)
+    assert features.shape[:3] == (1, *grid)
+    assert features.isfinite().all()

@@ -71,12 +71,34 @@ def check_timm_model(name: str, given: object) -> None:
         )
 
 
+def uncompiled(backbone: Any) -> Any:
+    """A network as it is; of what `torch.compile` made of one, the network itself, compiled in place.
+
+    So its class and its names stay timm's. Its call is compiled as before; other methods, as `forward_features`, never were.
+    """
+    if "_orig_mod" not in getattr(backbone, "_modules", {}):
+        return backbone
+    network = backbone._orig_mod
+    network._compiled_call_impl = backbone.dynamo_ctx(network._call_impl)
+    return network
+
+
+def timm_model(backbone: Any) -> Any:
+    """The timm model in a wrapper such as peft's, for it has timm's class and names; what has none within is given back."""
+    return next((part for part in backbone.modules() if is_timms(type(part)) and "pretrained_cfg" in vars(part)), backbone)
+
+
+def is_timms(kind: type) -> bool:
+    """Whether a class is a model of timm, or a subclass of one."""
+    return any(parent.__module__.startswith("timm.models.") for parent in kind.__mro__)
+
+
 def check_image_size(backbone: Any, images: Tensor) -> None:
     """
     Raises:
         ValueError: the images [b 3 H W] are not of the size that a timm model with fixed positions was built for.
     """
-    patch_embed = getattr(backbone, "patch_embed", None)
+    patch_embed = getattr(timm_model(backbone), "patch_embed", None)
     built = getattr(patch_embed, "img_size", None)
     if built is not None and getattr(patch_embed, "strict_img_size", True) and tuple(images.shape[-2:]) != tuple(built):
         given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], built))

@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.data.listing import NO_PHOTOS
 from unimim.interfaces import check_positive
+from unimim.optim import all_steps
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling
 from unimim.probing import accuracy, extract_features, gather_shards, knn
@@ -124,10 +125,11 @@ class KNNCallback(pl.Callback):
         temperature: of their votes, see `unimim.probing.knn`.
 
     Raises:
-        ValueError: the data module has no labelled images, or fewer than k.
+        ValueError: a number below 1; the data module has no labelled images, or fewer than k.
     """
 
     def __init__(self, every_n_epochs: int = 10, k: int = 20, temperature: float = 0.07) -> None:
+        check_positive("KNNCallback", every_n_epochs=every_n_epochs, k=k)
         self.every_n_epochs = every_n_epochs
         self.k = k
         self.temperature = temperature
@@ -188,7 +190,7 @@ class TrainingBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
-        self.steps = trainer.estimated_stepping_batches
+        self.steps = all_steps(trainer)
         self.first = None
         self.batches.clear()
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -25,8 +25,10 @@ class SkipNonFinite(pl.Callback):
 
     Whether an update is finite stays on the device, and is shared by the processes there: no step waits for it. The fused
     optimizers of torch skip by it; any other is skipped too, but then every step waits. It is read at logging steps (on a CPU
-    in every one), at every save and at the end. With accumulation one bad batch skips the whole update. Weights and the
-    optimizer's state are as they were; the schedule, an EMA and the statistics of a batch norm go on.
+    in every one), at every save and at the end. With accumulation one bad batch skips the whole update. Weights, the
+    optimizer's state and what moves in a forward pass (buffers in the state dict, as the statistics of a batch norm and the
+    center of iBOT) are as they were before the update's first batch; the schedule goes on, and an EMA follows weights that
+    stayed.
 
     The three tasks bring their own, set by their `max_skipped_updates`.
 
@@ -52,9 +54,15 @@ class SkipNonFinite(pl.Callback):
     def reset(self, device: torch.device) -> None:
         """Nothing skipped so far."""
         self.bad, self.skipped, self.skipped_step, self.skipped_norm, self.norm = torch.zeros(5, device=device)
+        self.before: list[tuple[list[Tensor], Tensor]] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reset(pl_module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps what a forward pass may move, before the first batch of an update."""
+        if self.before is None:
+            self.before = [(alike, flattened(alike)) for alike in by_kind(saved_buffers(pl_module))]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).float())
@@ -79,6 +87,9 @@ class SkipNonFinite(pl.Callback):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:
             optimizer.zero_grad()  # what has no gradient is not updated
+        for buffers, before in self.before or []:
+            put_back(buffers, torch.where(bad, before, flattened(buffers)))
+        self.before = None
         self.bad = torch.zeros_like(self.bad)
         if may_wait(trainer):
             self.check_skipped(trainer)
@@ -132,6 +143,36 @@ def sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
         return torch.stack([torch.dot(t.flatten(), t.flatten()) for t in tensors]).sum().to(like.dtype)  # half the time
     norms = torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
     return torch.stack(norms).square().sum().to(like.dtype)
+
+
+def saved_buffers(module: nn.Module) -> list[Tensor]:
+    """Those in the state dict. What is left out of it, as a table of positions, is computed and does not move."""
+    return [
+        buffer
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
+
+
+def by_kind(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """A copy of all their numbers in one row, for which a device is asked once and not once a tensor."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def put_back(tensors: list[Tensor], numbers: Tensor) -> None:
+    """Writes the numbers of `flattened` into these tensors."""
+    parts = numbers.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def guarded(trainer: pl.Trainer, guard: SkipNonFinite) -> list[pl.Callback]:

@@ -306,19 +306,27 @@ def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str 
     Raises:
         ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
     """
+    if found := misfits(module, state_dict):
+        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
+    module.load_state_dict(state_dict)
+
+
+def misfits(module: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> str:
+    """Returns the first keys that do not fit, in one line; nothing where all do.
+
+    Args:
+        strict: whether keys may neither be missing nor unexpected; of another shape they may never be.
+    """
     expected = module.state_dict()
-    found = listed(
-        missing=[key for key in expected if key not in state_dict],
-        unexpected=[key for key in state_dict if key not in expected],
+    return listed(
         of_another_shape=[
             f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
             for key in expected
             if key in state_dict and state_dict[key].shape != expected[key].shape
         ],
+        missing=[key for key in expected if strict and key not in state_dict],
+        unexpected=[key for key in state_dict if strict and key not in expected],
     )
-    if found:
-        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
-    module.load_state_dict(state_dict)
 
 
 def listed(**problems: list[str]) -> str:

@@ -11,15 +11,17 @@ from pytorch_lightning.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone
+from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
+from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
-from unimim.launching import check_processes, step_in_words
-from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, schedule
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
+from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
+from unimim.randomness import accumulated, exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.waiting import log_loss
@@ -92,23 +94,19 @@ class FineTuning(Task):
             raise ValueError(
                 f"model: label_smoothing within 0 to 1, recipe_batch at least 1; got {label_smoothing}, {recipe_batch}"
             )
+        check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
+        check_warmup(warmup_epochs)
         if (
-            not lr > 0
-            or not 0 < layer_decay <= 1
-            or min(weight_decay, warmup_epochs, mixup, cutmix) < 0
+            not 0 < layer_decay <= 1
+            or not mixup >= 0
+            or not cutmix >= 0
             or not 0 <= erasing <= 1
+            or not 0 < head_init_scale <= 1
         ):
             raise ValueError(
-                f"model: lr above 0, layer_decay within 0 to 1, weight_decay, warmup_epochs, mixup and cutmix not below 0, "
-                f"erasing a probability; got {lr}, {layer_decay}, {weight_decay}, {warmup_epochs}, {mixup}, {cutmix}, {erasing}"
+                f"model: layer_decay within 0 to 1, head_init_scale within 0 to 1, mixup and cutmix not below 0, erasing a "
+                f"probability; got {layer_decay}, {head_init_scale}, {mixup}, {cutmix}, {erasing}"
             )
-        if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr or not 0 < head_init_scale <= 1:
-            raise ValueError(
-                f"model: min_lr and warmup_lr within 0 to lr, head_init_scale within 0 to 1; got {min_lr}, {warmup_lr} with lr "
-                f"{lr}, {head_init_scale}"
-            )
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
         self.guard = SkipNonFinite(max_skipped_updates)
         self.checkpoint = self.pretrained_from = checkpoint
         self.backbone: Any = backbone
@@ -125,9 +123,12 @@ class FineTuning(Task):
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", self.backbone)
+        self.backbone = uncompiled(self.backbone)
         classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
-            raise ValueError("fine-tuning needs a backbone with a classifier: make it with num_classes and global_pool")
+            raise ValueError(
+                "fine-tuning needs a backbone with a classifier of 2 or more: make it with num_classes and global_pool"
+            )
         if checkpointing:
             checkpoint_activations(self.backbone)
         config = self.backbone.pretrained_cfg
@@ -161,8 +162,9 @@ class FineTuning(Task):
         """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
 
         Raises:
-            ValueError: the images are not of the size that the backbone was built for.
+            ValueError: the images are not of the size that the backbone was built for; and as `check_images`.
         """
+        check_images(images)
         check_image_size(self.backbone, images)
         return (images - self.mean) / self.std
 
@@ -175,14 +177,30 @@ class FineTuning(Task):
         return loss
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed."""
+        """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed.
+
+        Raises:
+            ValueError: as `normalize`; an odd number of images is to be mixed.
+        """
         images = self.normalize(images)
         if self.erasing is not None:
             self.erasing.device = images.device  # its noise is made where the images are
             images = self.erasing(images)
         if self.mix is not None:
+            self.check_even(len(images))
             images, labels = self.mix(images, labels)
         return images, labels
+
+    def check_even(self, images: int) -> None:
+        """
+        Raises:
+            ValueError: so many images of a batch cannot be mixed in pairs.
+        """
+        if self.mix is not None and images % 2:
+            raise ValueError(
+                f"a batch has {images} images, but mixup and cutmix mix pairs: make data.batch_size even, and let a loader of "
+                f"your own drop its last batch (drop_last=True)"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Top-1 and top-5 of (images, labels)."""
@@ -194,10 +212,10 @@ class FineTuning(Task):
         self.log("val/acc1", self.acc1, prog_bar=True)
         self.log("val/acc5", self.acc5)
 
-    def predict_step(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """[b 3 H W] in [0, 1] -> the five highest probabilities [b 5] and their labels [b 5]."""
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> the five highest probabilities [b 5] and their labels [b 5]."""
         with sparing(self):
-            probabilities = self(images).float().softmax(1)
+            probabilities = self(images_in(batch)).float().softmax(1)
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 
@@ -221,11 +239,20 @@ class FineTuning(Task):
         return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, and what makes a resumed run exact.
+        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
 
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
+        check_callbacks(self.trainer)
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, int(self.backbone.num_classes), axes=1, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.
@@ -240,24 +267,26 @@ class FineTuning(Task):
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
-        expected = int(self.backbone.num_classes)
-        if self.classes and len(self.classes) != expected:
-            raise ValueError(
-                f"the data has {len(self.classes)} classes, the classifier {expected}: set model.num_classes to "
-                f"{len(self.classes)}"
-            )
+        check_classes(len(self.classes), int(self.backbone.num_classes), "classifier")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
         if self.mix is not None and batch % 2:
             raise ValueError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
-        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
         self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 
     def on_fit_start(self) -> None:
-        """Says the effective values of a step."""
+        """Says the effective values of a step.
+
+        Raises:
+            ValueError: as `check_even`, of the last batch, where the loader knows how many images it has.
+        """
         trainer: Any = self.trainer
-        if batch := getattr(trainer.train_dataloader, "batch_size", None):
+        loader = trainer.train_dataloader
+        if batch := getattr(loader, "batch_size", None):
+            if isinstance(loader, DataLoader) and not loader.drop_last and not isinstance(loader.dataset, IterableDataset):
+                self.check_even(len(loader.sampler) % batch)  # type: ignore[arg-type]
             rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
 
     def on_train_start(self) -> None:
@@ -281,9 +310,10 @@ class FineTuning(Task):
         """Takes the names of the classes from it, and where its training began.
 
         Raises:
-            ValueError: the data has other classes than the checkpoint.
+            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
         super().on_load_checkpoint(checkpoint)
+        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

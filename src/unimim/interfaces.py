@@ -11,7 +11,7 @@ channels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_object, create_backbone
+from unimim.batches import check_images
 from unimim.pictures import code_colors, principal_components
 from unimim.selection import LastBlock
 
@@ -72,6 +73,19 @@ def check_positive(owner: str, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{owner}: {name} is {value}, but it is at least 1")
+
+
+def check_statistics(owner: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """
+    Raises:
+        ValueError: they cannot be the mean and standard deviation of three channels of pixels in [0, 1].
+    """
+    three = len(mean) == len(std) == 3
+    if not three or not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
+        raise ValueError(
+            f"{owner}: mean {tuple(mean)} and std {tuple(std)} are not those of red, green and blue in [0, 1]: three numbers "
+            f"each, std above 0 (those of pixels in 0 to 255 are divided by 255)"
+        )
 
 
 class TargetGenerator(nn.Module, ABC):
@@ -193,8 +207,8 @@ class Student(nn.Module, ABC):
         std: their standard deviation, likewise.
 
     Raises:
-        ValueError: timm has no such name, the model does not take these arguments, or its image is not a whole number of
-            patches.
+        ValueError: timm has no such name, the model does not take these arguments, its image is not a whole number of
+            patches, or mean and std are not those of pixels in [0, 1].
     """
 
     drops_patches: bool = False
@@ -222,6 +236,7 @@ class Student(nn.Module, ABC):
         self.backbone: Any = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
         if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
             raise ValueError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
+        check_statistics("model.student", mean, std)
         self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
@@ -255,8 +270,9 @@ class Student(nn.Module, ABC):
     def check_image_size(self, images: Tensor) -> None:
         """
         Raises:
-            ValueError: the images [b 3 H W] are not of the size that the backbone was built for.
+            ValueError: the images [b 3 H W] are not of the size that the backbone was built for; or as `check_images`.
         """
+        check_images(images)
         if tuple(images.shape[-2:]) != self.image_size:
             given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
             raise ValueError(

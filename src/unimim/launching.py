@@ -6,10 +6,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.callbacks import BackboneFinetuning, BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
+
+from unimim.files import misfits
+from unimim.randomness import accumulated
 
 COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 """Where launchers say how many processes they started (Slurm, Open MPI, MPICH), which Lightning does not always read."""
@@ -57,6 +62,53 @@ def check_processes(trainer: pl.Trainer) -> None:
             f"{launcher} started {started} processes, but the Trainer counts {counted} ({trainer.num_nodes} nodes x "
             f"{trainer.num_devices} devices): give --trainer.devices {started // nodes} --trainer.num_nodes {nodes} "
             f"--trainer.strategy ddp, or start {counted}"
+        )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Looks for callbacks of Lightning that would change the batch, the rates or what learns behind the schedule's back.
+
+    `pytorch_lightning.tuner.Tuner` uses two of them before a training, and is fine.
+
+    Raises:
+        ValueError: there is one.
+    """
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not callback._early_exit:
+            finder = "lr_find(model, ...)" if isinstance(callback, LearningRateFinder) else "scale_batch_size(model, ...)"
+            raise ValueError(
+                f"trainer.callbacks: {name} would find its number when the schedule is made already, which would not follow: "
+                f"leave it out, and call pytorch_lightning.tuner.Tuner(trainer).{finder} before trainer.fit"
+            )
+        if isinstance(callback, BackboneFinetuning):
+            raise ValueError(
+                f"trainer.callbacks: {name} adds groups of parameters that the schedule does not know, and freezes a "
+                f"classifier with its backbone: leave it out; model.layer_decay slows the lower layers, a probe trains a head"
+            )
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, and {name} would change it: leave one "
+                f"of them out"
+            )
+
+
+def check_resumed(task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Looks, before its weights are loaded, that a checkpoint is of a model like this one.
+
+    Of a folder of shards the weights are elsewhere, and torch says it.
+
+    Raises:
+        ValueError: keys are of another shape, or (in a Trainer, unless `strict_loading` is False) missing or unexpected.
+    """
+    weights = checkpoint.get("state_dict") or {}
+    if not weights or (task._trainer is not None and isinstance(task.trainer.strategy, FSDPStrategy)):
+        return
+    if found := misfits(task, weights, strict=task._trainer is not None and task.strict_loading):
+        raise ValueError(
+            f"the checkpoint is of another model than this {type(task).__name__}: {found}; give the arguments that it was "
+            f"trained with"
         )
 
 
@@ -138,8 +190,8 @@ def default_precision(accelerator: Any, plugins: Any) -> str | None:
 
 def step_in_words(trainer: pl.Trainer, batch: int, lr: float) -> str:
     """The effective values of a step: `2048 images a step (8 devices x 256 x 1 accumulated), peak lr 0.0015, bf16-mixed`."""
-    devices, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+    devices, gathered = trainer.world_size, accumulated(trainer, trainer.current_epoch)
     return (
-        f"{devices * batch * accumulated} images a step ({devices} devices x {batch} x {accumulated} accumulated), "
+        f"{devices * batch * gathered} images a step ({devices} devices x {batch} x {gathered} accumulated), "
         f"peak lr {lr:g}, precision {trainer.precision}"
     )

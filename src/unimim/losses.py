@@ -9,10 +9,15 @@ class CosineLoss(nn.Module):
 
     Args:
         weight: a factor. MILAN has 2 (its 2 - 2 cos); with gradient clipping it matters.
+
+    Raises:
+        ValueError: the weight is not above 0.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
+        if not weight > 0:
+            raise ValueError(f"CosineLoss: weight is {weight}, but it is above 0")
         self.weight = weight
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -16,8 +16,33 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unimim.backbones import timm_model
+from unimim.randomness import accumulated
+
 FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
 """Those whose layers for fine-tuning are known from their official code."""
+
+
+def check_rates(lr: float, weight_decay: float, betas: tuple[float, ...], warmup_lr: float = 0.0, min_lr: float = 0.0) -> None:
+    """
+    Raises:
+        ValueError: a number of an AdamW and its schedule is out of its range, or no number.
+    """
+    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"model: lr above 0, weight_decay not below 0, both finite; got {lr}, {weight_decay}")
+    if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr:
+        raise ValueError(f"model: min_lr and warmup_lr within 0 to lr; got {min_lr}, {warmup_lr} with lr {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
+
+
+def check_warmup(warmup_epochs: float) -> None:
+    """
+    Raises:
+        ValueError: it is no number of epochs.
+    """
+    if not 0 <= warmup_epochs < math.inf:
+        raise ValueError(f"model.warmup_epochs is a number of epochs, not below 0: got {warmup_epochs}")
 
 
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -56,13 +81,14 @@ def layer_decay_groups(backbone: nn.Module, lr: float, weight_decay: float, laye
     is what Lightning's LearningRateMonitor shows.
 
     Args:
-        backbone: a timm model, with or without its classifier; what needs no gradient is in no group.
+        backbone: a timm model, with or without its classifier, or a wrapper of one; what needs no gradient is in no group.
         lr: of the head, absolute.
         weight_decay: of what decays.
         layer_decay: factor from each layer to the one below; 1 for none.
     """
     ids = layer_ids(backbone)
-    last = depth(backbone) + 1 if isinstance(backbone, FAMILIES) else max(ids.values())
+    network = timm_model(backbone)
+    last = depth(network) + 1 if isinstance(network, FAMILIES) else max(ids.values())
     kept = undecayed(backbone)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in backbone.named_parameters():
@@ -85,11 +111,18 @@ def layer_ids(backbone: Any) -> dict[str, int]:
     (they: with the head), a bias table that BEiT's blocks share with the embedding (with the head), and Swin's downsampling,
     which timm moved to the start of the next stage, with that stage's first block (with the last block before it).
 
-    Other families have timm's own layers, uncorrected; the head's id is then the highest.
+    Other families have timm's own layers, uncorrected; the head's id is then the highest. What a wrapper of the model (peft's,
+    torch.compile's) adds within a layer is of that layer, and what it adds beside the model has the head's id.
     """
+    network = timm_model(backbone)
+    if network is not backbone:
+        ids = layer_ids(network)
+        head = depth(network) + 1 if isinstance(network, FAMILIES) else max(ids.values())
+        of = {id(parameter): ids[name] for name, parameter in network.named_parameters()}
+        return {name: of.get(id(parameter), head) for name, parameter in backbone.named_parameters()}
     if not hasattr(backbone, "group_matcher"):
         return dict(auto_group_layers(backbone))
-    ids: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    ids = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
     if isinstance(backbone, FAMILIES):
         head = depth(backbone) + 1
         for name in ids:
@@ -112,7 +145,12 @@ def fused_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
 
     With `precision: 16-mixed` the gradients are unscaled before the step and not within it, as they have to be for clipping.
     It stays fused when the state of one that was not is loaded.
+
+    Raises:
+        ValueError: nothing learns.
     """
+    if not any(group["params"] for group in groups):
+        raise ValueError("nothing is left to learn, every parameter has requires_grad=False: let some of them learn")
     optimizer: Any = AdamW(groups, lr=lr, betas=betas, fused=True)
     optimizer.register_load_state_dict_pre_hook(as_fused)
     optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip, and the GradScaler sets found_inf itself
@@ -149,15 +187,21 @@ def schedule(
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: the optimizer, and `warmup_cosine` over all steps of this training.
 
-    Accumulation is accounted for; `warmup_epochs` may be a part of one, and is cut to the length of the training.
+    Accumulation is accounted for, also where it changes by epoch; `warmup_epochs` may be a part of one, and is cut to the
+    length of the training.
 
     Raises:
-        ValueError: the training has no end.
+        ValueError: as `optimizer_steps`; a warm-up over epochs of data without a length.
     """
     total_steps = optimizer_steps(trainer)
-    trainer.fit_loop.setup_data()  # the line above leaves the data alone when max_steps is given
-    steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps)
+    if warmup_epochs and trainer.num_training_batches == math.inf:
+        raise ValueError(
+            f"model.warmup_epochs is {warmup_epochs:g}, but the data is a stream, whose epoch has no length: set "
+            f"trainer.limit_train_batches to the batches of an epoch, or warmup_epochs to 0"
+        )
+    steps = [steps_in(trainer, epoch) for epoch in range(math.ceil(warmup_epochs))]
+    warmup = warmup_epochs * steps[0] if len(set(steps)) == 1 else sum(steps[:-1]) + (warmup_epochs % 1 or 1) * sum(steps[-1:])
+    warmup_steps = min(round(warmup), total_steps)
     scheduler = warmup_cosine(optimizer, warmup_steps, total_steps, warmup_lr, min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -193,14 +237,46 @@ def poly_schedule(
 
 
 def optimizer_steps(trainer: pl.Trainer) -> int:
-    """All steps of this training; accumulation is accounted for.
+    """All steps of this training, as `all_steps`.
 
     Raises:
-        ValueError: the training has no end.
+        ValueError: it has no end, or no batch.
     """
-    if trainer.estimated_stepping_batches == math.inf:
+    limit: Any = trainer.limit_train_batches
+    if limit == 0:
+        raise ValueError(f"there is nothing to train on: trainer.limit_train_batches is {limit}")
+    steps = all_steps(trainer)
+    if steps == math.inf and trainer.max_epochs == -1:
         raise ValueError("an endless training has no cosine and no poly: set trainer.max_epochs or trainer.max_steps")
-    return int(trainer.estimated_stepping_batches)
+    if steps == math.inf:
+        raise ValueError(
+            "the data is a stream, whose epoch has no length, so that cosine and poly have no end: set trainer.max_steps, or "
+            "trainer.limit_train_batches to the batches of an epoch"
+        )
+    if trainer.num_training_batches == 0:
+        batch = getattr(trainer.train_dataloader, "batch_size", None)
+        raise ValueError(
+            f"{trainer.world_size} devices share the data, and none has a whole batch of {batch}: lower data.batch_size"
+        )
+    return int(steps)
+
+
+def all_steps(trainer: pl.Trainer) -> float:
+    """The steps of the optimizer in this training; infinity where it has no end, or its epochs no length.
+
+    Unlike Lightning's `estimated_stepping_batches`, it knows a GradientAccumulationScheduler, which changes from epoch to epoch
+    how many batches an update has.
+    """
+    trainer.fit_loop.setup_data()
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.max_epochs in (None, -1) or trainer.num_training_batches == math.inf:
+        return limit
+    return min(limit, sum(steps_in(trainer, epoch) for epoch in range(max(1, trainer.max_epochs))))
+
+
+def steps_in(trainer: pl.Trainer, epoch: int) -> int:
+    """Steps of the optimizer in an epoch; the last of it may be of fewer batches."""
+    return math.ceil(trainer.num_training_batches / accumulated(trainer, epoch))
 
 
 def fitting_lr(lr: float, images: int, recipe_batch: int | None, scale_lr: bool) -> float:

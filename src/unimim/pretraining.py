@@ -11,14 +11,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from unimim.backbones import check_object, checkpoint_activations
+from unimim.batches import check_pixels, checked, images_in
 from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.launching import check_processes, step_in_words
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
-from unimim.optim import fused_adamw, parameter_groups, schedule
+from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
@@ -95,10 +96,8 @@ class MaskedImageModeling(Task):
             self.save_hyperparameters()
         if selection not in ("masked", "visible", "all"):
             raise ValueError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
-        if not lr > 0 or weight_decay < 0 or warmup_epochs < 0:
-            raise ValueError(
-                f"model.lr must be above 0, weight_decay and warmup_epochs not below: got {lr}, {weight_decay}, {warmup_epochs}"
-            )
+        check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
+        check_warmup(warmup_epochs)
         check_object("model.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
         check_object("model.normalization", normalization, nn.Module, "unimim.LayerNorm()")
         check_object("model.masking", masking, Masking, "unimim.BlockMasking()")
@@ -148,6 +147,23 @@ class MaskedImageModeling(Task):
         if self.selection == "masked":
             return mask
         return inverse(mask) if self.selection == "visible" else counted(torch.ones_like(mask), mask[0].numel())
+
+    # Its encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Gives the encoder's tokens of whole images: timm's `forward_features` of what the student's mean and std normalize.
+
+        [b 3 H W] in [0, 1] -> tokens: [b prefix+n d] of a ViT, BEiT or EVA, CLS first; [b h w d] of a Swin.
+        `unimim.probing.pool` makes one vector an image of them.
+        """
+        tokens: Tensor = self.student.backbone.forward_features(self.student.normalize(images))
+        return tokens
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> `forward` of the images."""
+        with sparing(self.student):
+            tokens: Tensor = self(images_in(batch))
+        return tokens
 
     # Its optimization
 
@@ -312,17 +328,10 @@ class MaskedImageModeling(Task):
                     block.compile(**options)
 
     def on_fit_start(self) -> None:
-        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself.
-
-        Raises:
-            ValueError: there is nothing to train on.
-        """
+        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself."""
         print_once(self.summary())
-        self.total_steps = self.trainer.estimated_stepping_batches
         devices = self.trainer.world_size
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
-        if self.trainer.num_training_batches == 0:
-            raise ValueError(f"{devices} devices share the data, and none has a whole batch of {batch}: lower data.batch_size")
         if batch:
             print_once(step_in_words(self.trainer, batch, self.lr))
         if self.global_rank == 0:
@@ -332,42 +341,52 @@ class MaskedImageModeling(Task):
             for module in (self.teacher, *self.teacher.networks()):
                 broadcast_parameters(module)
 
+    def on_train_start(self) -> None:
+        """Takes the length of the training, by which the teacher's momentum goes."""
+        self.total_steps = all_steps(self.trainer)
+
     def training_images(self) -> Iterator[Tensor]:
         """Batches as `training_step` gets them; the data is not opened until the first is asked for.
 
         Raises:
-            ValueError: as `check_batch`.
+            ValueError: as `check_batch`, and of the first as `check_pixels`.
         """
         trainer: Any = self.trainer
         try:
-            for batch in trainer.train_dataloader:
+            for number, batch in enumerate(trainer.train_dataloader):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 self.check_batch(batch)
+                if number == 0:
+                    check_pixels(batch)
                 yield batch
         finally:  # persistent workers have one iterator for all: training would go on behind these batches
             iter(trainer.fit_loop._data_fetcher)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, what makes a resumed run exact, and what the teacher brings.
+        """The guard against updates that are not finite, what makes a resumed run exact, the look at the first batch, and what
+        the teacher brings.
 
         A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *self.teacher.callbacks()]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """
-        Raises:
-            ValueError: as `check_batch`.
-        """
-        self.check_batch(batch)
+        check_callbacks(self.trainer)
+        return [
+            *guarded(self.trainer, self.guard),
+            *exact_resume(self.trainer),
+            *checked(self.trainer),
+            *self.teacher.callbacks(),
+        ]
 
     def check_batch(self, batch: Any) -> None:
-        """
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
         Raises:
-            ValueError: the batch is not images alone, or not of the student's size.
+            ValueError: the batch is not images alone (in a prediction also with labels), not of the student's size, or not
+                pixels in three channels.
         """
+        if self._trainer is not None and self._trainer.predicting:
+            batch = images_in(batch)
         if not isinstance(batch, Tensor) or batch.ndim != 4:
             labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""
             if isinstance(batch, Crop):
@@ -383,6 +402,14 @@ class MaskedImageModeling(Task):
         self.guard.check_saved(self.trainer, checkpoint)
         checkpoint["backbone"] = describe_backbone(self.student)
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: as `check_resumed`.
+        """
+        super().on_load_checkpoint(checkpoint)
+        check_resumed(self, checkpoint)
 
     # What a person sees
 

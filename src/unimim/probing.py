@@ -17,14 +17,16 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, check_timm_model
+from unimim.backbones import check_image_size, check_timm_model, uncompiled
+from unimim.batches import check_classes, check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
-from unimim.interfaces import Frozen
-from unimim.launching import check_processes
-from unimim.optim import parameter_groups, schedule
+from unimim.interfaces import Frozen, check_positive
+from unimim.launching import check_callbacks, check_processes, check_resumed
+from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.task import Task
+from unimim.waiting import may_wait
 
 Feature = Literal["mean", "cls"]
 """One vector an image: the mean of the patch tokens, or the CLS token."""
@@ -39,17 +41,24 @@ def extract_features(
     Pixels are normalized by the `mean` and `std` of `backbone.pretrained_cfg`, on the backbone's device. A feature comes
     from the tokens that end `forward_features`: behind the final norm, if the backbone was made with `global_pool=''`.
 
+    The first batch is looked at as a training's is.
+
     In several processes each has its share of the images, and `gather_shards` puts features and labels together.
+
+    Raises:
+        ValueError: the first batch is not as `check_pixels` wants it, float32 or as the backbone's weights; as `pool`.
     """
     training = backbone.training
-    device = next(backbone.parameters()).device
+    device, dtype = next((parameter.device, parameter.dtype) for parameter in backbone.parameters())
     mean, std = (torch.tensor(backbone.pretrained_cfg[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
     backbone.eval()
     features, labels = [], []
-    for images, batch_labels in batches:
+    for number, (images, batch_labels) in enumerate(batches):
+        kind = dtype if images.dtype == dtype else torch.float32
+        (check_images if number else check_pixels)(images, kind)
         check_image_size(backbone, images)
         with sparing(backbone):
-            tokens = backbone.forward_features((images.to(device) - mean) / std)
+            tokens = backbone.forward_features(((images.to(device) - mean) / std).to(dtype))
         features.append(pool(backbone, tokens, feature).float())
         labels.append(batch_labels.to(device))
     backbone.train(training)
@@ -138,8 +147,10 @@ def knn(
             most 8 chunk (4 chunk + 5 d + 8 k + classes) bytes, whatever n and N: 216 MB for 768 channels and 1000 classes.
 
     Raises:
-        ValueError: k is larger than the bank, or a feature is NaN or infinite.
+        ValueError: k is larger than the bank, a feature is NaN or infinite, or the temperature is not above 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"k-NN's temperature is {temperature}, but it is above 0")
     if k < 1:
         raise ValueError(f"k-NN asks {k} neighbours, but at least 1 votes")
     if k > len(bank):
@@ -267,7 +278,7 @@ def loaded(backbone: str | nn.Module) -> Any:
     if isinstance(backbone, str):
         return load_backbone(backbone)
     check_timm_model("model.backbone", backbone)
-    return backbone
+    return uncompiled(backbone)
 
 
 class Probe(Task, ABC):
@@ -286,9 +297,10 @@ class Probe(Task, ABC):
 
     Args:
         head: from what `inputs` gives, to logits [b classes]; each rate gets a copy.
+        betas: of an optimizer that has some; checked here.
 
     Raises:
-        ValueError: no rate, one that is not above 0, or one given twice; fewer than two classes.
+        ValueError: no rate, one that is not above 0, or one given twice; fewer than two classes; a number out of its range.
     """
 
     mean: Tensor
@@ -302,12 +314,15 @@ class Probe(Task, ABC):
         lrs: tuple[float, ...],
         weight_decay: float,
         warmup_epochs: float,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         super().__init__()
         if not lrs or not all(lr > 0 for lr in lrs) or len({f"{lr:g}" for lr in lrs}) < len(lrs):
             raise ValueError(f"model.lrs takes one or more different rates above 0, got {list(lrs)}")
         if num_classes < 2:
             raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
+        check_rates(max(lrs), weight_decay, betas)
+        check_warmup(warmup_epochs)
         config: Any = backbone.pretrained_cfg
         self.backbone = Frozen(backbone)
         self.num_classes = num_classes
@@ -320,8 +335,20 @@ class Probe(Task, ABC):
             self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What makes a resumed run exact. A subclass adds its own to it: `[*super().configure_callbacks(), ...]`."""
-        return exact_resume(self.trainer)
+        """What makes a resumed run exact, and the look at the first batch.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        """
+        check_callbacks(self.trainer)
+        return [*exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, self.num_classes, axes=1, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """
@@ -343,11 +370,7 @@ class Probe(Task, ABC):
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
-        classes = len(getattr(data, "classes", []))
-        if classes and classes != self.num_classes:
-            raise ValueError(
-                f"the data has {classes} classes, the probe {self.num_classes}: set model.num_classes to {classes}"
-            )
+        check_classes(len(getattr(data, "classes", [])), self.num_classes, "probe")
 
     @abstractmethod
     def inputs(self, tokens: Tensor) -> Tensor:
@@ -359,6 +382,7 @@ class Probe(Task, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1] -> logits of all heads [rates b classes]"""
+        check_images(images)
         check_image_size(self.backbone.network, images)
         with torch.no_grad(), sparing(self.backbone.network):
             tokens = self.backbone.network.forward_features((images - self.mean) / self.std)
@@ -371,6 +395,17 @@ class Probe(Task, ABC):
         self.log_dict({f"train/loss_lr_{lr:g}": loss for lr, loss in zip(self.lrs, losses.detach(), strict=True)})
         self.log("train/loss", losses.detach().nan_to_num(nan=torch.inf).min(), prog_bar=True)
         return losses.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """
+        Raises:
+            FloatingPointError: no rate has a loss that is finite, as of an image that is not.
+        """
+        if may_wait(self.trainer) and not self.trainer.callback_metrics["train/loss"].isfinite():
+            raise FloatingPointError(
+                f"the loss of every rate is NaN or infinite at step {self.trainer.global_step}: see that the pixels and the "
+                f"backbone's weights are finite, or lower model.lrs; the last checkpoint is kept"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -439,7 +474,7 @@ class Probe(Task, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone.
+            ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone; and as `check_resumed`.
         """
         super().on_load_checkpoint(checkpoint)
         ours: dict[str, Any] = {}
@@ -452,6 +487,7 @@ class Probe(Task, ABC):
             raise ValueError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
         if checkpoint["probe_backbone"] != self.digest:
             raise ValueError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
+        check_resumed(self, checkpoint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
         self.backbone.network._apply(fn)
@@ -488,6 +524,8 @@ class LinearProbe(Probe):
         weight_decay: float = 0.0,
         warmup_epochs: float = 10,
     ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"model.momentum is at least 0 and below 1, got {momentum}")
         encoder = loaded(backbone)
         check_feature(encoder, feature)
         dim: Any = encoder.num_features
@@ -540,11 +578,12 @@ class AttentiveProbe(Probe):
     ) -> None:
         encoder = loaded(backbone)
         dim: Any = encoder.num_features
+        check_positive("model", num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"model.num_heads {num_heads} does not divide the backbone's {dim} channels")
         pooling = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
         head = nn.Sequential(pooling, nn.Linear(dim, num_classes))
-        super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs)
+        super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs, betas)
         self.save_hyperparameters(ignore=["backbone"])
         self.betas = betas
 

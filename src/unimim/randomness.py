@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.loops import evaluation_loop, fit_loop
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -212,8 +213,9 @@ class ExactResume(pl.Callback):
         seed = derived_seed("step", trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(seed)
         seed_numpy_and_random(seed)
-        accumulated = trainer.accumulate_grad_batches
-        if accumulated > 1 and batch_idx % accumulated == 0:
+        # a GradientAccumulationScheduler sets it where an epoch starts, which Lightning leaves out where a run goes on amid one
+        trainer.accumulate_grad_batches = accumulated(trainer, trainer.current_epoch)
+        if trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -390,13 +392,20 @@ def check_loader(trainer: pl.Trainer) -> None:
         ) from error
 
 
+def accumulated(trainer: pl.Trainer, epoch: int) -> int:
+    """The batches of an update in this epoch: the Trainer's, or those that a GradientAccumulationScheduler has for it."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+
+
 def numbers(trainer: pl.Trainer) -> dict[str, int]:
     """What the order of the images, and the place in an epoch, depend on."""
     loader: Any = trainer.train_dataloader
     return {
         "processes": loader.sampler.num_replicas,
         "batch_size": loader.batch_size,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "accumulate_grad_batches": accumulated(trainer, trainer.current_epoch),
         "images": len(loader.sampler.dataset),
         "seed": loader.sampler.seed,
     }

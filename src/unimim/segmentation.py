@@ -16,16 +16,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from unimim.backbones import check_timm_model, create_backbone
+from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
+from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
 from unimim.interfaces import IGNORED, Grid
-from unimim.launching import check_processes, step_in_words
-from unimim.optim import fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
+from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
+from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
+from unimim.randomness import accumulated, exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
@@ -124,12 +125,11 @@ class UperNetSegmentation(Task):
             )
         if inference not in ("slide", "whole"):
             raise ValueError(f"model.inference is slide or whole, got {inference!r}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
-        if not lr > 0 or not 0 < layer_decay <= 1 or min(weight_decay, auxiliary_weight) < 0 or not 0 <= dropout < 1:
+        check_rates(lr, weight_decay, betas)
+        if not 0 < layer_decay <= 1 or not 0 <= auxiliary_weight < math.inf or not 0 <= dropout < 1:
             raise ValueError(
-                f"model: lr above 0, layer_decay within 0 to 1, weight_decay and auxiliary_weight not below 0, dropout within "
-                f"0 to 1; got {lr}, {layer_decay}, {weight_decay}, {auxiliary_weight}, {dropout}"
+                f"model: layer_decay within 0 to 1, auxiliary_weight not below 0, dropout within 0 to 1; got {layer_decay}, "
+                f"{auxiliary_weight}, {dropout}"
             )
         if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or not power > 0:
             raise ValueError(
@@ -156,6 +156,7 @@ class UperNetSegmentation(Task):
         elif checkpoint is not None or model_args is not None:
             raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", network)
+        network = uncompiled(network)
         config = network.pretrained_cfg
         self.pyramid = FeaturePyramid(network, blocks, checkpointing)
         self.head = UperNetHead(self.pyramid.channels, channels, num_classes, dropout)
@@ -215,7 +216,12 @@ class UperNetSegmentation(Task):
         return total / (labels != IGNORED).sum().clamp(min=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
+        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
+
+        Raises:
+            ValueError: as `check_images`.
+        """
+        check_images(images)
         return (images - self.mean) / self.std
 
     def on_train_epoch_end(self) -> None:
@@ -293,7 +299,7 @@ class UperNetSegmentation(Task):
         Raises:
             ValueError: as `whole`; the backbone is in shards.
         """
-        backbone = self.pyramid.backbone
+        backbone = timm_model(self.pyramid.backbone)
         if self.built in (None, size) or not takes_only_its_size(backbone):
             return self.pyramid
         if not isinstance(backbone, (VisionTransformer, Beit, Eva)):
@@ -318,9 +324,10 @@ class UperNetSegmentation(Task):
             shared = {id(part): part for part in (*self.pyramid.parameters(), *self.pyramid.buffers())}
             with torch.inference_mode(False), torch.no_grad():
                 pyramid = copy.deepcopy(self.pyramid, shared)
-                if isinstance(pyramid.backbone, Beit):
-                    resize_blocks(pyramid.backbone, size)
-                pyramid.backbone.set_input_size(img_size=size)
+                network = timm_model(pyramid.backbone)
+                if isinstance(network, Beit):
+                    resize_blocks(network, size)
+                network.set_input_size(img_size=size)
                 kept = pyramid, {name: table.clone() for name, table in tables.items()}
         self.resized[size] = kept
         while len(self.resized) > KEPT_SIZES:
@@ -375,13 +382,14 @@ class UperNetSegmentation(Task):
 
     # Its pictures
 
-    def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        """[b 3 H W] in [0, 1] -> the likeliest labels [b H W].
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Images [b 3 H W] in [0, 1], or (images, labels) -> the likeliest labels [b H W].
 
         The images are seen as those of a validation are: scaled to fit in the data's `resize`, (long, short). Where the data
         has none, the short side is that of `crop_size` and the long side four times that (ADE20K: 2048, 512). So memory holds
         a map of at most [b classes short long], and eight classes at the photo's size.
         """
+        images = images_in(batch)
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         long, short = self.sides or (4 * short, short)
         seen = scaled(size, min(long / max(size), short / min(size)))
@@ -419,11 +427,20 @@ class UperNetSegmentation(Task):
         return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, and what makes a resumed run exact.
+        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
 
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
         """
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer)]
+        check_callbacks(self.trainer)
+        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
+
+    def check_batch(self, batch: Any) -> None:
+        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
+
+        Raises:
+            ValueError: it is not (images, labels), or the labels are of no class.
+        """
+        check_labelled(batch, self.num_classes, axes=3, ignored=IGNORED, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
@@ -441,11 +458,7 @@ class UperNetSegmentation(Task):
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(
-                f"the data has {len(self.classes)} classes, the head {self.num_classes}: set model.num_classes to "
-                f"{len(self.classes)}"
-            )
+        check_classes(len(self.classes), self.num_classes, "head")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
@@ -453,7 +466,7 @@ class UperNetSegmentation(Task):
             raise ValueError(
                 "data.batch_size is 1, but UperNet's pool of 1x1 of one image cannot be batch-normalized: set it to at least 2"
             )
-        total = batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
         self.peak_lr = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr)
 
     def synchronise(self) -> bool:
@@ -493,9 +506,10 @@ class UperNetSegmentation(Task):
         """Takes the names of the classes from it, and where its training began.
 
         Raises:
-            ValueError: the data has other classes than the checkpoint.
+            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
         super().on_load_checkpoint(checkpoint)
+        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from unimim.backbones import check_name, check_object, create_backbone, own_seed
 from unimim.files import description, load_strictly, read_file, state_dict_in
-from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator
+from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
 from unimim.selection import last_block
 
@@ -40,7 +40,7 @@ class FeatureTarget(TargetGenerator):
 
     Raises:
         ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
-            network has no use for; on use, grids that do not meet.
+            network has no use for; on use, grids that do not meet, or a size or a norm that the timm model does not take.
         FileNotFoundError: there is no file at `weights`.
     """
 
@@ -96,6 +96,9 @@ class FeatureTarget(TargetGenerator):
             )
         if dim is None or mean is None or std is None:
             raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
+        check_statistics("model.teacher", mean, std)
+        if resolution is not None:
+            check_positive("model.teacher", resolution=resolution)
         if content is not None:
             load_strictly(module, state_dict_in(content, str(weights)), str(weights))
         self.dim = dim
@@ -206,9 +209,20 @@ class FeatureTarget(TargetGenerator):
             network.requires_grad_(False)  # the positions are a new parameter, in older timm one that learns
             if isinstance(network, VisionTransformer) and network.pos_embed is not None and table is not None:
                 network.pos_embed.copy_(resized_positions(table, old, network.patch_embed.grid_size))
-        (features,) = network.forward_intermediates(
-            images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
-        )
+        try:
+            (features,) = network.forward_intermediates(
+                images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
+            )
+        except (AssertionError, IndexError, RuntimeError) as error:
+            if type(error) not in (AssertionError, IndexError, RuntimeError):  # a device's, as of memory
+                raise
+            made_for = network.pretrained_cfg["input_size"][-1]
+            reason = next(iter(str(error).splitlines()), "") or "no reason given"
+            raise ValueError(
+                f"model.teacher: timm's {self.name} does not give block {self.layer} with norm {self.norm} at "
+                f"{images.shape[-2]}x{images.shape[-1]} pixels ({reason}): set model.teacher.resolution (it is made "
+                f"for {made_for}), or model.teacher.norm to false"
+            ) from error
         if self.project:
             features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
         return features
