@@ -31,6 +31,7 @@ from unimim import AtomicCheckpointIO, FineTuning, MaskedImageModeling, StopOnSi
 from unimim.commands import differing, finetune, in_one_line, pretrain
 from unimim.optim import fused_adamw
 from unimim.saving import is_whole, newest_first, recipe_in, replace
+from unimim.written import machine
 
 SECONDS = 240
 """After which a test with processes of its own has failed; unhurried they take 15 to 30 seconds each."""
@@ -227,7 +228,9 @@ def test_a_checkpoint_is_written_beside_and_renamed(tmp_path: Path) -> None:
     io = AtomicCheckpointIO()
     target = tmp_path / "new" / "a.ckpt"
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "a.ckpt.part").write_bytes(b"of a run that was killed")
+    old = tmp_path / "new" / "a.ckpt.part"
+    old.write_bytes(b"of a run that was killed")
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
     for value in (1.0, 2.0):
         io.save_checkpoint({"x": torch.full((3,), value)}, target)
         assert torch.equal(io.load_checkpoint(target, weights_only=True)["x"], torch.full((3,), value))
@@ -272,20 +275,33 @@ def test_whole_and_broken_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_first(tmp_path: Path) -> None:
-    """By time, then by step; dangling links do not count, folders of shards do, by their last file."""
-    times = {"a/step=11.ckpt": 1, "b/step=10.ckpt": 2, "b/step=9.ckpt": 2}
-    for name, seconds in times.items():
+    """By the step that each says itself, then by time; one that is cut off by that in its name, a folder by its last file.
+
+    Dangling links do not count. A copy is younger than what was trained after it.
+    """
+    steps_and_times = {"a/step=11.ckpt": (11, 1), "b/copy.ckpt": (9, 5), "b/step=99.ckpt": (10, 2), "a/again.ckpt": (10, 1)}
+    for name, (step, seconds) in steps_and_times.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
+        torch.save({"global_step": step, "x": torch.rand(10)}, path)
         os.utime(path, (seconds, seconds))
+    (tmp_path / "a/epoch=1-step=8.ckpt").write_bytes(b"cut off")
+    (tmp_path / "a/none.ckpt").write_bytes(b"")
     (tmp_path / "b/last.ckpt").symlink_to("gone.ckpt")
     shards = tmp_path / "a/shards.ckpt"
     shards.mkdir()
-    (shards / "meta.pt").write_bytes(b"")
+    torch.save({"global_step": 10}, shards / "meta.pt")
     os.utime(shards / "meta.pt", (1.5, 1.5))
     found = [str(path.relative_to(tmp_path)) for path in newest_first(tmp_path.rglob("*.ckpt"))]
-    assert found == ["b/step=10.ckpt", "b/step=9.ckpt", "a/shards.ckpt", "a/step=11.ckpt"]
+    assert found == [
+        "a/step=11.ckpt",
+        "b/step=99.ckpt",
+        "a/shards.ckpt",
+        "a/again.ckpt",
+        "b/copy.ckpt",
+        "a/epoch=1-step=8.ckpt",
+        "a/none.ckpt",
+    ]
 
 
 def spoilt(shards: Path, folder: Path) -> dict[str, bool]:
@@ -462,9 +478,13 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate(timeout=SECONDS)
-    assert sorted(path.name for path in tmp_path.glob("step*")) == ["step=1.ckpt", "step=1.ckpt.part"]
+    left, part = sorted(path.name for path in tmp_path.glob("step*"))
+    assert left == "step=1.ckpt"
+    assert part == f"step=1.ckpt.{machine()}-{process.pid}.part"
     assert is_whole(tmp_path / "step=1.ckpt")
     assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)["x"].sum() == 1000
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "step=1.ckpt")
+    assert [path.name for path in tmp_path.glob("step*")] == ["step=1.ckpt"]
 
 
 @pytest.mark.slow
@@ -683,7 +703,7 @@ def test_a_started_process_takes_the_choice_of_the_one_that_started_it(runs: Pat
     monkeypatch.setenv("UNIMIM_RESUME", f"{os.getppid()}:")
     assert resumed() == 0
     monkeypatch.setenv("UNIMIM_RESUME", f"1{os.getppid()}:{first}")
-    assert resumed("--trainer.max_epochs=5") == 4  # of the run just made, the newest
+    assert resumed("--trainer.max_epochs=5") == 16  # the highest step of all, not the run just made, which began anew
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("UNIMIM_RESUME", f"{os.getppid()}:{first}")
     assert resumed("--trainer.max_epochs=6") == 20  # a run of its own, that a process which resumed has started

@@ -15,6 +15,7 @@ FLOORS = {
     "selection": 0,
     "pictures": 0,
     "processor": 0,
+    "written": 0,
     "interfaces": 1,
     "randomness": 1,
     "saving": 1,

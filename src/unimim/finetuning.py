@@ -21,6 +21,7 @@ from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.waiting import log_loss
+from unimim.written import naming, whole
 
 
 class FineTuning(pl.LightningModule):
@@ -290,12 +291,15 @@ class FineTuning(pl.LightningModule):
         """A CSV of file, and label and probability of the five likeliest classes, one readable file a row; returns the rows.
 
         Of fewer batches than there are files (`--trainer.limit_predict_batches`), it has the first files.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
         """
         written = 0
         places = range(1, batches[0][0].shape[1] + 1)
         header = ["file", *(f"{what}_{place}" for place in places for what in ("label", "probability"))]
-        part = destination.with_name(f"{destination.name}.part")  # whoever looks sees the whole table or none
-        with part.open("w", newline="") as opened:
+        fix = "make room, or give another --output"
+        with naming(destination, fix), whole(destination) as part, part.open("w", newline="") as opened:
             writer = csv.writer(opened)
             writer.writerow(header)
             rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)
@@ -306,5 +310,4 @@ class FineTuning(pl.LightningModule):
                 pairs = [value for name, p in zip(names, probabilities, strict=True) for value in (name, f"{p:.6f}")]
                 writer.writerow([str(file), *pairs])
                 written += 1
-        part.replace(destination)
         return written

@@ -14,11 +14,14 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import distributed
 
+from unimim.written import whole
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to `NAME.part` in the same folder, and renames it when all of it is on the disk.
+    """Writes to `NAME.MACHINE-PROCESS.part` in the same folder, and renames it when all of it is on the disk.
 
-    Killed meanwhile, it leaves the file that was there before, and a `.part` that nothing takes for a checkpoint. The content
+    Killed meanwhile, it leaves the file that was there before, and a `.part` that nothing takes for a checkpoint, and that a
+    later run removes. The content
     goes straight to the file (Lightning's own way builds all of it in memory first). Remote paths, which fsspec handles, are
     written as Lightning does. So are folders of shards, where each process writes its own file in place: `is_whole` tells one
     that was cut short. In Python: `Trainer(plugins=[AtomicCheckpointIO()])`.
@@ -34,14 +37,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         destination = Path(name)
-        part = destination.with_name(f"{destination.name}.part")
         try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with whole(destination) as part, part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(destination)
             if os.name == "posix":  # the new name is on the disk with its folder, which Windows cannot open
                 folder = os.open(destination.parent, os.O_RDONLY)
                 try:
@@ -49,7 +49,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 finally:
                     os.close(folder)
         except BaseException as error:
-            part.unlink(missing_ok=True)
             refused = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
             if refused is None:
                 raise
@@ -106,15 +105,32 @@ def run_folder(trainer: pl.Trainer) -> str:
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Checkpoints by the time of the last change, then by the step in the name. Links to nothing are left out."""
+    """Checkpoints by their step, the highest first; of one step by the time of the last change. Links to nothing are left out.
+
+    By the step, because a file that is copied is younger than what was trained after it.
+    """
     return sorted((path for path in paths if path.exists()), key=age, reverse=True)
 
 
 def age(path: Path) -> tuple[int, int, str]:
-    """What orders checkpoints, the newest last."""
-    file = path / "meta.pt" if (path / "meta.pt").is_file() else path
-    step = re.search(r"step=(\d+)", path.name)
-    return file.stat().st_mtime_ns, int(step[1]) if step else 0, str(path)
+    """What orders checkpoints, the newest last: the step, the time, the name."""
+    file = meta_of(path)
+    return step_of(path), file.stat().st_mtime_ns, str(path)
+
+
+def meta_of(path: Path) -> Path:
+    """The file that says what a checkpoint is: itself, or of a folder of shards `meta.pt`, where that is written."""
+    return path / "meta.pt" if (path / "meta.pt").is_file() else path
+
+
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was saved, as it says itself; of one that cannot be read, as its name says, else 0."""
+    try:
+        content = torch.load(meta_of(path), map_location="cpu", mmap=True, weights_only=True)
+        return int(content["global_step"])
+    except Exception:  # it is cut off (torch raises many kinds), or none of Lightning's, which is told when it is its turn
+        named = re.search(r"step=(\d+)", path.name)
+        return int(named[1]) if named else 0
 
 
 class KeepRecipe(pl.Callback):

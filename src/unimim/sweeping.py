@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 import traceback
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +23,10 @@ from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, s
 from unimim.faults import StopOnSignal
 from unimim.pretraining import MaskedImageModeling
 from unimim.randomness import derived_seed
+from unimim.written import naming, remove_dead, whole
 
 OUTPUT = Path("outputs/sweeps")
+NO_ROOM = "make room, or run it from another folder; the same command goes on"
 FIRST = ("fit", "--trainer.devices=1", "--pictures=false")
 """Of each trial's words: no pictures unless a parameter or option asks for them."""
 SEED = "seed_everything"
@@ -90,6 +91,7 @@ def run_sweep(args: list[str]) -> dict[str, Any]:
     content = read_sweep(options.file)
     folder, metric = OUTPUT / options.file.stem, content["metric"]["name"]
     trials = trials_of(content, options.seeds, overrides)
+    remove_dead([*folder.glob("*.part"), *folder.glob("trials/*.part")])
     kept = number_finished(trials, folder)
     print(f"{options.file}: {len(trials)} trials, {kept} of them finished before", flush=True)
     for trial in trials:
@@ -419,11 +421,13 @@ def check_metric(trial: Trial, trials: list[Trial], name: str) -> None:
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON, whole or not at all; of several writers each leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    """JSON, whole or not at all; of several writers each leaves a whole file.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    with naming(path, NO_ROOM), whole(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # What came out
@@ -510,5 +514,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     if any(lines):
         axes.legend(frameon=False)
-    path.with_name(".nomedia").touch()  # so that a folder of photos may have runs in it, whose figures no one trains on
-    figure.savefig(path, dpi=110)
+    with naming(path, NO_ROOM):
+        path.with_name(".nomedia").touch()  # so that a folder of photos may have runs in it, whose figures no one trains on
+        with whole(path) as part, part.open("wb") as file:
+            figure.savefig(file, dpi=110, format="png")
