@@ -607,7 +607,7 @@ def test_resume_auto_looks_where_checkpoints_are_saved(
     place = Path(folder or "checkpoints")
     pretrain([*SMALL, "--data.root=.", *STEADY, *words])
     (first,) = place.iterdir()
-    pretrain([*SMALL, "--data.root=.", *STEADY, *words, "--model.lr=1e-5"])
+    pretrain([*SMALL, "--data.root=.", *STEADY, *words, "--model.lr=1e-5", "--resume=auto"])
     torch.save({"state_dict": {}}, place / "weights.ckpt")
     capsys.readouterr()
     assert resumed(*words, "--trainer.max_epochs=2") == 4
@@ -671,8 +671,8 @@ def test_resume_auto_goes_on_with_what_a_resumed_run_wrote(tmp_path: Path, monke
         (["fit", "--resume=auto", "--ckpt_path=some.ckpt"], "--resume auto finds the checkpoint itself: leave --ckpt_path out"),
         (["fit", "--resume=some.ckpt"], "resume: 'some.ckpt' is none of auto"),
         (
-            ["fit", "--resume=auto", "--trainer.logger=WandbLogger"],
-            "the runs of a CSVLogger or a TensorBoardLogger, but trainer.logger is WandbLogger: put a CSVLogger before it, or",
+            ["fit", "--resume=auto", "--trainer.logger=true"],
+            "a CSVLogger, a TensorBoardLogger or a WandbLogger, but trainer.logger is True: put a CSVLogger before it, or",
         ),
         (
             ["fit", "--resume=auto", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=s3://bucket/runs"],
@@ -731,17 +731,17 @@ class SignalAt(pl.Callback):
         return {"batches": self.batches}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)])
 def test_a_signal_saves_where_the_weights_are_updated_and_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int | None
 ) -> None:
     """In the third of eight batches, two an update: saved after the second update, and handlers as they were."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     images = torch.rand(16, 3, 32, 32)
     options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
     with pytest.raises(SystemExit) as end:
         fit(tiny_model(), images, tmp_path, callbacks=[StopOnSignal(), SignalAt(number, 2)], **options)
-    assert end.value.code is None
+    assert end.value.code == status
     assert {n: signal.getsignal(n) for n in before} == before
     (path,) = tmp_path.rglob("*.ckpt")
     assert path.name == f"epoch=0-step=2-{number.name}.ckpt"
@@ -842,14 +842,34 @@ def test_a_signal_without_checkpoints_says_so(tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path) -> None:
+    """Where there is nothing to save: amid the trial validation, as Lightning ends."""
+    loader = DataLoader(list(zip(torch.rand(8, 3, 32, 32), torch.randint(3, (8,)), strict=True)), batch_size=2)
+    trial = DuringTrial(signal.SIGINT)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[StopOnSignal(), trial], **quiet)
+    with pytest.raises(SystemExit):
+        trainer.fit(tiny_finetuning(), loader, loader)
+    assert (trial.batches, trainer.global_step) == (1, 0)
+
+
+def test_a_ctrl_c_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As in a job that a shell runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer, _ = fit(tiny_model(), torch.rand(8, 3, 32, 32), tmp_path, callbacks=[StopOnSignal(), SignalAt(signal.SIGINT, 1)])
+    assert trainer.global_step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 class DuringTrial(pl.Callback):
     """A signal amid the validation that is tried before training."""
 
     def __init__(self, number: signal.Signals) -> None:
-        self.number = number
+        self.number, self.batches = number, 0
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         assert trainer.sanity_checking
+        self.batches += 1
         os.kill(os.getpid(), self.number)
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "pictures": 0,
     "processor": 0,
     "written": 0,
+    "monitoring": 1,
     "interfaces": 1,
     "randomness": 1,
     "saving": 1,

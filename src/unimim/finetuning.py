@@ -62,6 +62,9 @@ class FineTuning(pl.LightningModule):
     mean: Tensor
     std: Tensor
 
+    metrics: tuple[str, ...] = ("train/loss", "val/acc1", "val/acc5")
+    """The names of all that is logged."""
+
     def __init__(
         self,
         backbone: str | nn.Module | None = None,

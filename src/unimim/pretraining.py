@@ -69,6 +69,9 @@ class MaskedImageModeling(pl.LightningModule):
             are tried on two blank images at once.
     """
 
+    metrics: tuple[str, ...] = ("train/loss",)
+    """The names of all that is logged."""
+
     def __init__(
         self,
         teacher: TargetGenerator,

@@ -1,20 +1,31 @@
 """Checkpoints that outlive an accident: a file is whole or not there, and the newest whole one is found again."""
 
+import glob
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning_fabric.utilities.cloud_io import get_filesystem
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
 from unimim.written import whole
+
+LOGGED = ("config.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints/*.ckpt")
+"""What tells that a run has written into a folder of its loggers."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -102,6 +113,83 @@ def run_folder(trainer: pl.Trainer) -> str:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)  # noqa: PTH118
+
+
+def check_folders(trainer: pl.Trainer, checkpoint: str | None, resumes: bool) -> None:
+    """Looks, before anything is opened or written, that this run writes into no folder of another run.
+
+    A run may go on in the folder from which its checkpoint is. Its metrics.csv, which CSVLogger would delete, is kept there
+    as metrics-N.csv. Only the first process looks, which starts the others or is awaited by them.
+
+    Args:
+        checkpoint: from which the run goes on.
+        resumes: the run has looked for a checkpoint (`--resume auto`) among those of other recipes, which stay as they are.
+
+    Raises:
+        ValueError: a folder of a logger, or one of the checkpoints, has an earlier run in it.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+    if not trainer.loggers and any(not saver.dirpath for saver in savers):
+        folders.append(f"{trainer.default_root_dir}/checkpoints")
+    requeued = SLURMEnvironment.detect() and any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))  # by Lightning
+    for folder in folders:
+        left = found_in(folder, ("*.ckpt",))
+        if left and not resumes and not requeued and not goes_on_in(trainer, checkpoint, folder):
+            raise ValueError(
+                f"{folder} has checkpoints of an earlier run ({left}): give another folder (trainer.default_root_dir, or "
+                f"dirpath of ModelCheckpoint), or go on from one of them, --ckpt_path FILE"
+            )
+    for folder in logged_in(trainer):
+        left = found_in(folder, LOGGED)
+        if left and not goes_on_in(trainer, checkpoint, folder):
+            raise ValueError(
+                f"{folder} is of an earlier run, whose {left} is there: set another version, name or save_dir of "
+                f"trainer.logger (id, of W&B), or go on from its checkpoint, --ckpt_path FILE"
+            )
+        files = get_filesystem(folder)
+        if files.isfile(metrics := f"{folder}/metrics.csv"):
+            kept = next_free(metrics)
+            files.mv(metrics, kept)
+            rank_zero_info(f"this run goes on in {folder}: the metrics before it are kept as {kept}")
+
+
+def logged_in(trainer: pl.Trainer) -> list[str]:
+    """The folders of the loggers that write to disks, as far as they are known before a logger has begun."""
+    folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
+    known = trainer.loggers and trainer.loggers[0].version is not None
+    return list(dict.fromkeys([*folders, *([run_folder(trainer)] if known else [])]))
+
+
+def found_in(folder: str, patterns: Iterable[str]) -> str | None:
+    """The first file or folder in a folder that has one of the patterns."""
+    files = get_filesystem(folder)
+    found = (path for pattern in patterns for path in files.glob(f"{glob.escape(folder)}/{pattern}"))
+    return next((PurePosixPath(path).name for path in found), None)
+
+
+def goes_on_in(trainer: pl.Trainer, checkpoint: str | Path | None, folder: str) -> bool:
+    """Whether a run that goes on from this checkpoint does so in its folder: it lies there, or W&B's run has the same id."""
+    if checkpoint is None:
+        return False
+    named_by_wandb = trainer.loggers and isinstance(trainer.loggers[0], WandbLogger)
+    return is_in(str(checkpoint), folder) or bool(named_by_wandb and folder == run_folder(trainer))
+
+
+def is_in(path: str, folder: str) -> bool:
+    """Whether a path is below a folder, of local disks also through links."""
+    if get_protocol(path) != "file" or get_protocol(folder) != "file":
+        return path.startswith(f"{folder}/")
+    return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+
+
+def next_free(path: str) -> str:
+    """NAME-N.ENDING, with the first number for which there is none."""
+    start, ending = os.path.splitext(path)  # noqa: PTH122
+    files = get_filesystem(path)
+    return next(name for number in count(1) if not files.exists(name := f"{start}-{number}{ending}"))
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:

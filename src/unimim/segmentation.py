@@ -333,6 +333,12 @@ class UperNetSegmentation(pl.LightningModule):
 
     # Its metrics
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all that is logged."""
+        foreground = ["val/miou_foreground"] if "background" in (self.classes or []) else []
+        return ["train/loss", "val/miou", "val/macc", "val/aacc", *foreground]
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts (images [b 3 H W], labels [b H' W']), which may be of another size than the images."""
         images, labels = batch

@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from unimim.backbones import read_file
 from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, settings
-from unimim.faults import StopOnSignal
+from unimim.faults import INTERRUPTED, StopOnSignal, status_after
 from unimim.pretraining import MaskedImageModeling
 from unimim.randomness import derived_seed
 from unimim.written import naming, remove_dead, whole
@@ -107,7 +107,7 @@ def run_sweep(args: list[str]) -> dict[str, Any]:
             except (SystemExit, KeyboardInterrupt) as end:  # a signal or Ctrl-C, which a training has heeded
                 kept = number_finished(trials, folder)
                 print(f"the sweep ends here, {kept} of {len(trials)} trials are finished; the same command goes on", flush=True)
-                sys.exit(end.code if isinstance(end, SystemExit) else 1)
+                sys.exit(end.code if isinstance(end, SystemExit) else INTERRUPTED)
         check_metric(trial, trials, metric)
         if trial.metrics is not None and trial.error is None:
             print(f"trial {number} of {len(trials)}: {metric} {shown(trial.metrics[metric])}", flush=True)
@@ -398,8 +398,9 @@ def run(trial: Trial, folder: Path) -> None:
     if resumed and (path := cli.config.fit.ckpt_path):  # one that was killed behind its last step measures nothing more
         trial.metrics = {**read_file(path)["metrics"], **trial.metrics}
     write(file_of(trial, folder), asdict(trial))
-    if any(callback.received for callback in trainer.callbacks if isinstance(callback, StopOnSignal)):
-        sys.exit(0)  # by a signal that came behind the last step
+    for callback in trainer.callbacks:
+        if isinstance(callback, StopOnSignal) and callback.received:  # by a signal that came behind the last step
+            sys.exit(*(status_after(callback.received) or [0]))
 
 
 def check_metric(trial: Trial, trials: list[Trial], name: str) -> None:
