@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import tiny_model, tiny_student
 from PIL import Image
 from test_cli import SMALL
-from test_faults import MINE, SECONDS, STEADY, TWO, command, tiny_finetuning
+from test_faults import MINE, SECONDS, STEADY, TWO, command, tiny_finetuning, tiny_segmentation
 from torch.utils.data import DataLoader
 
-from unimim import StopOnSignal
-from unimim.commands import pretrain
+from unimim import LinearProbe, StopOnSignal
+from unimim.commands import finetune, pretrain
 
 UNIMIM = Path(sys.executable).with_name("unimim")
 
@@ -317,4 +318,208 @@ def test_ctrl_c_amid_a_validation_is_heeded_after_the_next_step(tmp_path: Path) 
         trainer.fit(tiny_finetuning(), loader, loader)
     assert end.value.code == 130
     assert (ctrl_c.batches, trainer.global_step) == (4, 3)
-    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["epoch=0-step=3-SIGINT.ckpt"]
+    names = sorted(path.name for path in tmp_path.rglob("*.ckpt"))
+    assert names == ["epoch=0-step=2.ckpt", "epoch=0-step=3-SIGINT.ckpt"]  # the first is ModelCheckpoint's
+
+
+def test_ctrl_c_ends_a_validation_of_its_own_at_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`validate` has nothing to save."""
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (photos / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (60 * i, 20, 100)).save(photos / split / label / f"{i}.png")
+    words = ["--data=ClassFolderData", "--data.root=.", "--data.batch_size=2", "--data.num_workers=0", "--data.image_size=32",
+             "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    tiny = "--model.model_args={img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"
+    own = ["--model.backbone=vit_tiny_patch16_224", tiny, "--model.num_classes=2", "--model.warmup_epochs=0"]
+    finetune(["fit", *words, *own, "--trainer.max_epochs=1"])
+    seen = []
+
+    def ctrl_c(*_: object) -> None:
+        seen.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("unimim.FineTuning.validation_step", ctrl_c)
+    with pytest.raises(SystemExit) as end:
+        finetune(["validate", *words, f"--ckpt_path={next(photos.rglob('*.ckpt'))}"])
+    assert (end.value.code, len(seen)) == (130, 1)
+
+
+# W&B
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The words of a run of W&B without an account; each run is finished as a process would at its end."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    return ["--trainer.logger=WandbLogger", "--trainer.logger.project=masked"]
+
+
+def with_wandb(*words: str) -> pl.Trainer:
+    import wandb
+
+    try:
+        return pretrain([*PLAIN, *words]).trainer
+    finally:
+        wandb.finish()
+
+
+def test_a_run_of_wandb_is_gone_on_with(photos: Path, offline: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Given its id and a checkpoint, and by --resume auto, which knows it by the folder; another id begins a new one."""
+    resume = [*offline, "--trainer.logger.id=first", "--trainer.logger.resume=must"]
+    with_wandb(*offline, "--trainer.logger.id=first")
+    folder = Path("outputs/masked/first")
+    assert "masked/first is of an earlier run" in refusal(*offline, "--trainer.logger.id=first")
+    trainer = with_wandb(*resume, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/epoch=0-step=4.ckpt")
+    assert (trainer.logger.version, trainer.global_step) == ("first", 8)
+    capsys.readouterr()
+    trainer = with_wandb(*offline, "--trainer.max_epochs=3", "--resume=auto")
+    said = capsys.readouterr().out
+    assert "this run goes on from outputs/masked/first/checkpoints/epoch=1-step=8.ckpt" in said
+    assert "--resume auto: it goes on with the W&B run first\n" in said
+    assert (trainer.logger.version, trainer.global_step) == ("first", 12)
+    assert sorted(path.name for path in folder.glob("config*")) == ["config-1.yaml", "config-2.yaml", "config.yaml"]
+    trainer = with_wandb(*offline, "--trainer.logger.id=second", "--trainer.max_epochs=4", "--resume=auto")
+    assert "--resume auto: a new run begins in W&B, second\n" in capsys.readouterr().out
+    assert (trainer.logger.version, trainer.global_step) == ("second", 16)
+
+
+# A disk that is full, or cannot be written
+
+
+class Full(pl.Callback):
+    """Once training starts, a file of the run is on a disk that is full."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: object) -> None:
+        path = Path(trainer.logger.log_dir, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is full")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("metrics.csv", []), ("pictures/epoch=0-step=4.png", ["--pictures=true"])],
+)
+def test_a_full_disk_is_told_in_one_line(photos: Path, name: str, words: list[str]) -> None:
+    file = f"outputs/pretrain/version_0/{name}"
+    (photos / "full.py").write_text(f"import test_runs\n\n\nclass Full(test_runs.Full):\n    def __init__(self):\n"
+                                    f"        super().__init__({name!r})\n")  # fmt: skip
+    sys.modules.pop("full", None)
+    line = refusal(*words, "--trainer.callbacks+=full.Full")
+    assert line.startswith(f"unimim: error: {file} cannot be written (No space left on device): make room, ")
+    assert "kept" in line
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(photos: Path, logger: str) -> None:
+    """It is below a file."""
+    pytest.importorskip("tensorboard")
+    (photos / "file").touch()
+    line = refusal(f"--trainer.logger={logger}", "--trainer.logger.save_dir=file/runs", "--trainer.logger.name=x")
+    assert line.startswith(f"unimim: error: {photos}/file/runs")
+    assert "cannot be written (Not a directory): make room, or set another folder (save_dir of trainer.logger" in line
+
+
+def test_a_configuration_that_cannot_be_written(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unimim.commands.Parser.save", full)
+    assert refusal().startswith(
+        "unimim: error: outputs/pretrain/version_0/config.yaml cannot be written (No space left on device): make room, or set"
+    )
+
+
+# Metrics by name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ModelCheckpoint", "--trainer.callbacks.monitor=val/acc1"], "ModelCheckpoint waits for 'val/acc1', which nothing"),
+        (
+            ["EarlyStopping", "--trainer.callbacks.monitor=loss"],
+            "EarlyStopping waits for 'loss', which nothing logs",
+        ),
+        (["ModelCheckpoint", "--trainer.callbacks.filename={epoch}-{train/los:.2f}"], "ModelCheckpoint waits for 'train/los'"),
+        (["ModelCheckpoint", "--trainer.callbacks.monitor=val/knn"], "(val/knn needs unimim.KNNCallback in trainer.callbacks)"),
+    ],
+)
+def test_a_metric_that_no_one_logs_is_refused_before_the_first_step(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    steps = []
+    monkeypatch.setattr("unimim.MaskedImageModeling.training_step", lambda *_: steps.append(1))
+    line = refusal(*(f"--trainer.callbacks+={word}" if i == 0 else word for i, word in enumerate(words)))
+    assert expected in line
+    assert "give one of train/loss" in line
+    assert not steps
+
+
+def test_a_metric_of_ones_own_is_not_refused(photos: Path) -> None:
+    (photos / "more.py").write_text(
+        "import pytorch_lightning as pl\n\n\nclass More(pl.Callback):\n"
+        "    def on_train_epoch_end(self, trainer, pl_module):\n        pl_module.log('val/mine', 1.0)\n"
+    )
+    words = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/mine"]
+    trainer = pretrain([*PLAIN, "--trainer.callbacks+=more.More", *words]).trainer
+    assert trainer.checkpoint_callback.best_model_path
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/yours"]
+    line = refusal("--trainer.callbacks+=more.More", *stop)
+    assert "Early stopping conditioned on metric `val/yours` which is not available" in line
+    assert "val/mine" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--trainer.enable_checkpointing=false"], "trainer.enable_checkpointing is false"),
+        (["--trainer.fast_dev_run=1"], "trainer.fast_dev_run tries the run, and saves nothing"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=5"],
+            "ModelCheckpoint saves by every_n_epochs 5, which this run, ended at step 4, has not reached",
+        ),
+        ([], None),
+    ],
+)
+def test_a_run_without_a_checkpoint_says_why(
+    photos: Path, capsys: pytest.CaptureFixture[str], words: list[str], why: str | None
+) -> None:
+    pretrain([*PLAIN, *words])
+    said = capsys.readouterr().out
+    assert (f"no checkpoint was saved: {why}\n" in said) if why else ("no checkpoint was saved" not in said)
+
+
+@pytest.mark.parametrize("task", ["pretraining", "fine-tuning", "segmentation", "probe"])
+def test_each_task_logs_what_it_declares(task: str, tmp_path: Path) -> None:
+    """And nothing else."""
+    loader = DataLoader(list(zip(torch.rand(8, 3, 32, 32), torch.randint(3, (8,)), strict=True)), batch_size=4)
+    models = {
+        "pretraining": tiny_model,
+        "fine-tuning": tiny_finetuning,
+        "segmentation": tiny_segmentation,
+        "probe": lambda: LinearProbe(tiny_student().backbone, 3, (0.1, 0.01), warmup_epochs=0),
+    }
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1, enable_checkpointing=False,
+    )  # fmt: skip
+    model = models[task]()
+    if task == "pretraining":
+        trainer.fit(model, DataLoader(torch.rand(8, 3, 32, 32), batch_size=4))
+    elif task == "segmentation":
+        labels = torch.randint(3, (4, 32, 32))
+        pairs = DataLoader(list(zip(torch.rand(4, 3, 32, 32), labels, strict=True)), batch_size=2)
+        trainer.fit(model, pairs, pairs)
+    else:
+        trainer.fit(model, loader, loader)
+    assert sorted(trainer.callback_metrics) == sorted(model.metrics)
