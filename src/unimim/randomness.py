@@ -322,11 +322,9 @@ class ExactResume(pl.Callback):
         changed = [f"{name} {saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]]
         if changed:
             rank_zero_info(f"the checkpoint's run had {'; '.join(changed)}: numbers differ from what they would have been")
-        known = self.names and saved.get("names")
-        if known and saved["names"] != self.names and saved["images"] == len(trainer.train_dataloader.sampler.dataset):  # type: ignore[union-attr]
-            rank_zero_info(
-                "the images are others than those of the checkpoint's run: as many, but their files have other names"
-            )
+        names = saved.get("names")
+        if names and self.names and names != self.names and saved["images"] == numbers(trainer)["images"]:
+            rank_zero_info("the images are others than those of the checkpoint's run: as many, but with other file names")
 
     def batches_done(self, trainer: pl.Trainer, seen: int, whole: bool) -> int:
         """How many of this run's batches are what `seen` batches of the checkpoint's were, in whole steps of the optimizer.
@@ -435,7 +433,7 @@ def digest_of_names(dataset: Any) -> str | None:
         return None
     names = [os.fspath(file) for file in files]
     shared = len(os.path.commonpath([os.path.dirname(name) for name in (min(names), max(names))]))  # noqa: PTH120
-    text = "\n".join(name[shared:] for name in names)
+    text = "\n".join(name[shared:].lstrip(os.sep) for name in names)
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
