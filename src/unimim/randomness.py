@@ -18,7 +18,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops import evaluation_loop, fit_loop
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, DistributedSampler
@@ -415,10 +415,10 @@ def numbers(trainer: pl.Trainer) -> dict[str, int]:
 def settings(trainer: pl.Trainer) -> dict[str, str]:
     """What else the numbers of a step depend on, as a person reads it."""
     clip: Any = trainer
-    by = clip.gradient_clip_algorithm
+    by = GradClipAlgorithmType(clip.gradient_clip_algorithm or "norm").value
     return {
         "precision": str(trainer.precision),
-        "gradient clipping": f"{clip.gradient_clip_val} by {by or 'norm'}" if clip.gradient_clip_val else "none",
+        "gradient clipping": f"{clip.gradient_clip_val} by {by}" if clip.gradient_clip_val else "none",
         "strategy": type(trainer.strategy).__name__,
     }
 
