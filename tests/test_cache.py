@@ -43,6 +43,7 @@ from unimim import (
     SeededSamples,
     TargetGenerator,
     target_files,
+    written,
 )
 from unimim.cli import main
 from unimim.target_files import TargetFiles, in_words
@@ -452,11 +453,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: Path) -> None:
+    def full(tensors: Any, path: Path, metadata: None) -> None:
         path.write_bytes(b"some")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(target_files, "save_file", full)
+    monkeypatch.setattr(written, "save_file", full)
     with pytest.raises(OSError, match="the cache cannot write .*00000.safetensors .*No space left on device.*: make room"):
         fit(model_of(CachedTarget(hog(), str(tmp_path), views=1)))
     assert not list(tmp_path.rglob("*.part"))

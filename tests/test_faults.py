@@ -41,6 +41,7 @@ from unimim import (
 from unimim.commands import differing, finetune, in_one_line, pretrain
 from unimim.optim import fused_adamw
 from unimim.saving import is_whole, newest_first, recipe_in, replace
+from unimim.written import machine
 
 SECONDS = 240
 """After which a test with processes of its own has failed; unhurried they take 15 to 30 seconds each."""
@@ -259,7 +260,9 @@ def test_a_checkpoint_is_written_beside_and_renamed(tmp_path: Path) -> None:
     io = AtomicCheckpointIO()
     target = tmp_path / "new" / "a.ckpt"
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "a.ckpt.part").write_bytes(b"of a run that was killed")
+    old = tmp_path / "new" / "a.ckpt.part"
+    old.write_bytes(b"of a run that was killed")
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
     for value in (1.0, 2.0):
         io.save_checkpoint({"x": torch.full((3,), value)}, target)
         assert torch.equal(io.load_checkpoint(target, weights_only=True)["x"], torch.full((3,), value))
@@ -304,20 +307,33 @@ def test_whole_and_broken_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_first(tmp_path: Path) -> None:
-    """By time, then by step; dangling links do not count, folders of shards do, by their last file."""
-    times = {"a/step=11.ckpt": 1, "b/step=10.ckpt": 2, "b/step=9.ckpt": 2}
-    for name, seconds in times.items():
+    """By the step that each says itself, then by time; one that is cut off by that in its name, a folder by its last file.
+
+    Dangling links do not count. A copy is younger than what was trained after it.
+    """
+    steps_and_times = {"a/step=11.ckpt": (11, 1), "b/copy.ckpt": (9, 5), "b/step=99.ckpt": (10, 2), "a/again.ckpt": (10, 1)}
+    for name, (step, seconds) in steps_and_times.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
+        torch.save({"global_step": step, "x": torch.rand(10)}, path)
         os.utime(path, (seconds, seconds))
+    (tmp_path / "a/epoch=1-step=8.ckpt").write_bytes(b"cut off")
+    (tmp_path / "a/none.ckpt").write_bytes(b"")
     (tmp_path / "b/last.ckpt").symlink_to("gone.ckpt")
     shards = tmp_path / "a/shards.ckpt"
     shards.mkdir()
-    (shards / "meta.pt").write_bytes(b"")
+    torch.save({"global_step": 10}, shards / "meta.pt")
     os.utime(shards / "meta.pt", (1.5, 1.5))
     found = [str(path.relative_to(tmp_path)) for path in newest_first(tmp_path.rglob("*.ckpt"))]
-    assert found == ["b/step=10.ckpt", "b/step=9.ckpt", "a/shards.ckpt", "a/step=11.ckpt"]
+    assert found == [
+        "a/step=11.ckpt",
+        "b/step=99.ckpt",
+        "a/shards.ckpt",
+        "a/again.ckpt",
+        "b/copy.ckpt",
+        "a/epoch=1-step=8.ckpt",
+        "a/none.ckpt",
+    ]
 
 
 def spoilt(shards: Path, folder: Path) -> dict[str, bool]:
@@ -494,9 +510,13 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate(timeout=SECONDS)
-    assert sorted(path.name for path in tmp_path.glob("step*")) == ["step=1.ckpt", "step=1.ckpt.part"]
+    left, part = sorted(path.name for path in tmp_path.glob("step*"))
+    assert left == "step=1.ckpt"
+    assert part == f"step=1.ckpt.{machine()}-{process.pid}.part"
     assert is_whole(tmp_path / "step=1.ckpt")
     assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)["x"].sum() == 1000
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "step=1.ckpt")
+    assert [path.name for path in tmp_path.glob("step*")] == ["step=1.ckpt"]
 
 
 @pytest.mark.slow
@@ -619,7 +639,7 @@ def test_resume_auto_looks_where_checkpoints_are_saved(
     place = Path(folder or "checkpoints")
     pretrain([*SMALL, "--data.root=.", *STEADY, *words])
     (first,) = place.iterdir()
-    pretrain([*SMALL, "--data.root=.", *STEADY, *words, "--model.lr=1e-5"])
+    pretrain([*SMALL, "--data.root=.", *STEADY, *words, "--model.lr=1e-5", "--resume=auto"])
     torch.save({"state_dict": {}}, place / "weights.ckpt")
     capsys.readouterr()
     assert resumed(*words, "--trainer.max_epochs=2") == 4
@@ -683,8 +703,8 @@ def test_resume_auto_goes_on_with_what_a_resumed_run_wrote(tmp_path: Path, monke
         (["fit", "--resume=auto", "--ckpt_path=some.ckpt"], "--resume auto finds the checkpoint itself: leave --ckpt_path out"),
         (["fit", "--resume=some.ckpt"], "resume: 'some.ckpt' is none of auto"),
         (
-            ["fit", "--resume=auto", "--trainer.logger=WandbLogger"],
-            "the runs of a CSVLogger or a TensorBoardLogger, but trainer.logger is WandbLogger: put a CSVLogger before it, or",
+            ["fit", "--resume=auto", "--trainer.logger=true"],
+            "a CSVLogger, a TensorBoardLogger or a WandbLogger, but trainer.logger is True: put a CSVLogger before it, or",
         ),
         (
             ["fit", "--resume=auto", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=s3://bucket/runs"],
@@ -715,7 +735,7 @@ def test_a_started_process_takes_the_choice_of_the_one_that_started_it(runs: Pat
     monkeypatch.setenv("UNIMIM_RESUME", f"{os.getppid()}:")
     assert resumed() == 0
     monkeypatch.setenv("UNIMIM_RESUME", f"1{os.getppid()}:{first}")
-    assert resumed("--trainer.max_epochs=5") == 4  # of the run just made, the newest
+    assert resumed("--trainer.max_epochs=5") == 16  # the highest step of all, not the run just made, which began anew
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("UNIMIM_RESUME", f"{os.getppid()}:{first}")
     assert resumed("--trainer.max_epochs=6") == 20  # a run of its own, that a process which resumed has started
@@ -743,17 +763,17 @@ class SignalAt(pl.Callback):
         return {"batches": self.batches}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGINT, 130)])
 def test_a_signal_saves_where_the_weights_are_updated_and_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int | None
 ) -> None:
     """In the third of eight batches, two an update: saved after the second update, and handlers as they were."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     images = torch.rand(16, 3, 32, 32)
     options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
     with pytest.raises(SystemExit) as end:
         fit(tiny_model(), images, tmp_path, callbacks=[StopOnSignal(), SignalAt(number, 2)], **options)
-    assert end.value.code is None
+    assert end.value.code == status
     assert {n: signal.getsignal(n) for n in before} == before
     (path,) = tmp_path.rglob("*.ckpt")
     assert path.name == f"epoch=0-step=2-{number.name}.ckpt"
@@ -854,14 +874,34 @@ def test_a_signal_without_checkpoints_says_so(tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path) -> None:
+    """Where there is nothing to save: amid the trial validation, as Lightning ends."""
+    loader = DataLoader(list(zip(torch.rand(8, 3, 32, 32), torch.randint(3, (8,)), strict=True)), batch_size=2)
+    trial = DuringTrial(signal.SIGINT)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[StopOnSignal(), trial], **quiet)
+    with pytest.raises(SystemExit):
+        trainer.fit(tiny_finetuning(), loader, loader)
+    assert (trial.batches, trainer.global_step) == (1, 0)
+
+
+def test_a_ctrl_c_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As in a job that a shell runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer, _ = fit(tiny_model(), torch.rand(8, 3, 32, 32), tmp_path, callbacks=[StopOnSignal(), SignalAt(signal.SIGINT, 1)])
+    assert trainer.global_step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 class DuringTrial(pl.Callback):
     """A signal amid the validation that is tried before training."""
 
     def __init__(self, number: signal.Signals) -> None:
-        self.number = number
+        self.number, self.batches = number, 0
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         assert trainer.sanity_checking
+        self.batches += 1
         os.kill(os.getpid(), self.number)
 
 

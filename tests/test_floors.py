@@ -17,6 +17,8 @@ FLOORS = {
     "selection": 0,
     "pictures": 0,
     "processor": 0,
+    "written": 0,
+    "monitoring": 1,
     "interfaces": 1,
     "printing": 0,
     "randomness": 1,

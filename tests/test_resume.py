@@ -57,7 +57,7 @@ from unimim import (
 )
 from unimim.data.folder import ImageFiles
 from unimim.optim import fused_adamw
-from unimim.randomness import derived_seed, seeded
+from unimim.randomness import derived_seed, digest_of_names, seeded, settings
 
 IMAGES = 22
 """In the folder: 5 batches of 4 and two images over, in one process and in two (of 2)."""
@@ -601,6 +601,62 @@ def test_more_images_are_said(tmp_path: Path, images: str, caplog: pytest.LogCap
         train(Run("pretraining", str(grown.parent), f"{tmp_path}/other", resume=f"{tmp_path}/0_1.ckpt", max_epochs=1))
     assert "1 accumulated, 22 images in all, seed 3, this run has 1 processes" in caplog.text
     assert "23 images in all, seed 3: it goes on after 8 images of epoch 0, and the order of the images differs" in caplog.text
+
+
+def test_other_settings_are_said(tmp_path: Path, images: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing where all are the same; nothing of what a checkpoint does not know, as one of version 0.1.0."""
+    train(Run("pretraining", images, str(tmp_path), save_everywhere=True, max_epochs=1))
+    file = f"{tmp_path}/0_1.ckpt"
+    other = {"precision": "bf16-mixed", "gradient_clip_algorithm": "value"}
+    with caplog.at_level("INFO"):
+        train(Run("pretraining", images, f"{tmp_path}/same", resume=file, max_epochs=1))
+        assert "the checkpoint's run" not in caplog.text
+        train(Run("pretraining", images, f"{tmp_path}/other", resume=file, max_epochs=1, trainer=other))
+    assert (
+        "the checkpoint's run had precision 32-true, now bf16-mixed; gradient clipping 1.0 by norm, now 1.0 by "
+        "value: numbers differ from what they would have been" in caplog.text
+    )
+    assert settings(pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False))["strategy"] == "DDPStrategy"
+    old = torch.load(file, weights_only=True)
+    old["run"] = {name: value for name, value in old["run"].items() if isinstance(value, int)}
+    assert sorted(old["run"]) == ["accumulate_grad_batches", "batch_size", "images", "processes", "seed"]
+    torch.save(old, tmp_path / "old.ckpt")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train(Run("pretraining", images, f"{tmp_path}/old", resume=f"{tmp_path}/old.ckpt", max_epochs=1, trainer=other))
+    assert "the checkpoint's run" not in caplog.text
+    assert "the checkpoint is of" not in caplog.text
+
+
+def test_images_of_other_names_are_said(tmp_path: Path, images: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy elsewhere has the same; one file that is called otherwise makes others of them."""
+    train(Run("pretraining", images, str(tmp_path), save_everywhere=True, max_epochs=1))
+    copy = tmp_path / "copy" / "classes"
+    shutil.copytree(Path(images) / "classes", copy)
+    said = "the images are others than those of the checkpoint's run: as many, but with other file names"
+    with caplog.at_level("INFO"):
+        resume = {"resume": f"{tmp_path}/0_1.ckpt", "max_epochs": 1}
+        train(Run("pretraining", str(copy.parent), f"{tmp_path}/moved", **resume))
+        assert said not in caplog.text
+        first = min((copy / "train" / "a").iterdir())
+        first.rename(first.with_name(f"other{first.suffix}"))
+        train(Run("pretraining", str(copy.parent), f"{tmp_path}/renamed", **resume))
+    assert caplog.text.count(said) == 1
+
+
+def test_the_digest_of_names_is_of_the_names_below_the_shared_folder() -> None:
+    class Files:
+        def __init__(self, *names: str) -> None:
+            self.files = [Path(name) for name in names]
+
+    def digest(*names: str) -> str | None:
+        return digest_of_names(SeededSamples(Files(*names)))
+
+    assert digest("/a/x/1.png", "/a/y/2.png") == digest("b/c/x/1.png", "b/c/y/2.png") == digest("x/1.png", "y/2.png")
+    assert digest("/a/x/1.png", "/a/y/2.png") != digest("/a/y/2.png", "/a/x/1.png")  # the order counts
+    assert digest("/a/x/1.png") == digest("/b/1.png") != digest("/b/2.png")
+    assert digest("/a/x1/1.png", "/a/x2/1.png") != digest("/a/x1/1.png", "/a/x3/1.png")
+    assert digest_of_names(TensorDataset(torch.rand(3))) is None
 
 
 @pytest.mark.parametrize(

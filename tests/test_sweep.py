@@ -379,7 +379,7 @@ def test_interrupted_in_three_ways_it_ends_as_a_loop_of_single_commands(folder: 
     Path("gate.py").write_text(GATE)
     write_yaml("sweep.yaml", with_parameters(trainer__callbacks={"value": ["unimim.KNNCallback", "gate.Gate"]}))
     closed, waiting, runs = Path("closed"), Path("waiting"), Path("outputs/sweeps/sweep/runs")
-    for finished, (number, status) in enumerate(((signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGKILL, -9)), 1):
+    for finished, (number, status) in enumerate(((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)), 1):
         closed.touch()
         process = started("sweep", "sweep.yaml")
         try:

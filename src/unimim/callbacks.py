@@ -27,6 +27,7 @@ from unimim.pretraining import MaskedImageModeling
 from unimim.probing import accuracy, extract_features, gather_shards, knn
 from unimim.randomness import aside
 from unimim.saving import run_folder
+from unimim.written import naming
 
 
 class PictureCallback(pl.Callback):
@@ -94,15 +95,21 @@ class PictureCallback(pl.Callback):
             self.write(trainer, drawn)
 
     def write(self, trainer: pl.Trainer, drawn: dict[str, Tensor]) -> None:
-        """Puts all on one sheet: a file, and an image of the loggers that show images."""
+        """Puts all on one sheet: a file, and an image of the loggers that show images.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
         picture = sheet(drawn)
         folder = os.path.join(run_folder(trainer), "pictures")  # noqa: PTH118
         self.path = f"{folder}/epoch={trainer.current_epoch}-step={trainer.global_step}.png"
         files = get_filesystem(folder)
-        files.makedirs(folder, exist_ok=True)
-        files.touch(f"{folder}/{NO_PHOTOS}")
-        with files.open(self.path, "wb") as file:
-            picture.save(file, "PNG")
+        fix = "make room, set another folder (save_dir of trainer.logger), or give --pictures false; the checkpoints are kept"
+        with naming(self.path, fix):
+            files.makedirs(folder, exist_ok=True)
+            files.touch(f"{folder}/{NO_PHOTOS}")
+            with files.open(self.path, "wb") as file:
+                picture.save(file, "PNG")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("pictures", [picture], trainer.global_step, caption=["; ".join(drawn)])
@@ -127,6 +134,9 @@ class KNNCallback(pl.Callback):
     Raises:
         ValueError: a number below 1; the data module has no labelled images, or fewer than k.
     """
+
+    metrics = ("val/knn",)
+    """The names of all that is logged."""
 
     def __init__(self, every_n_epochs: int = 10, k: int = 20, temperature: float = 0.07) -> None:
         check_positive("KNNCallback", every_n_epochs=every_n_epochs, k=k)

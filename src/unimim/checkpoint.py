@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from unimim.backbones import create_backbone
 from unimim.files import CHECKSUM, description, header_checksum, listed, read_file, state_dict_in, with_checksum
 from unimim.interfaces import Grid, Student
+from unimim.written import naming, save_tensors, whole
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
 SEGMENTATION = "pyramid."
@@ -404,6 +404,7 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is no checkpoint of ours; the destination exists, or its ending is not the format's.
+        OSError: the disk is full, or cannot be written.
     """
     destination, card = Path(destination), Path(f"{destination}.md")
     endings = {"timm": (".pth", ".pt"), "safetensors": (".safetensors",)}.get(format)
@@ -418,15 +419,16 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
         raise ValueError(f"{checkpoint} is no checkpoint of unimim: it does not say which backbone it holds")
     backbone = filled(*opened(content, checkpoint), checkpoint, True, {})
     report: LoadReport = backbone.load_report
-    destination.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in backbone.state_dict().items()}
-    if format == "timm":
-        torch.save(with_checksum({"state_dict": weights, "backbone": report.backbone}), destination)
-    else:
-        described = json.dumps(report.backbone)
-        metadata = {"format": "pt", "backbone": described, CHECKSUM: header_checksum(weights, described)}
-        save_file(weights, destination, metadata=metadata)
-    card.write_text(model_card(content, report, destination))
+    described = json.dumps(report.backbone)
+    with naming(destination, "make room, or give another --output"):
+        with whole(destination) as part:
+            if format == "timm":
+                torch.save(with_checksum({"state_dict": weights, "backbone": report.backbone}), part)
+            else:
+                metadata = {"format": "pt", "backbone": described, CHECKSUM: header_checksum(weights, described)}
+                save_tensors(weights, part, metadata)
+        card.write_text(model_card(content, report, destination))
     return destination
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -14,6 +15,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from itertools import dropwhile, islice
 from pathlib import Path
@@ -28,7 +30,7 @@ from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.cloud_io import get_filesystem
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
@@ -38,18 +40,33 @@ import unimim
 from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
-from unimim.faults import StopOnSignal
+from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_checkpoint, check_plain, description, is_in_shards, load_strictly, read_file
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
+from unimim.monitoring import CheckMonitors, why_unsaved
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 from unimim.printing import printable
 from unimim.probing import Feature, Probe, accuracy, extract_features
 from unimim.probing import knn as nearest_neighbours
-from unimim.saving import AtomicCheckpointIO, KeepRecipe, SameCheckpoint, is_whole, newest_first, recipe_in, run_folder
+from unimim.saving import (
+    AtomicCheckpointIO,
+    KeepRecipe,
+    SameCheckpoint,
+    check_folders,
+    goes_on_in,
+    is_in,
+    is_whole,
+    logged_in,
+    newest_first,
+    next_free,
+    recipe_in,
+    run_folder,
+)
 from unimim.segmentation import UperNetSegmentation
 from unimim.targets import CachedTarget
+from unimim.written import naming, remove_dead
 
 LETTER_TYPES: dict[str, type] = {
     "teacher": TargetGenerator,
@@ -68,6 +85,9 @@ WORKERS = ("DataLoader worker (pid", "DataLoader timed out", "</torch_", "Too ma
 """What tells torch's errors of the data's workers."""
 GLOO = ("gloo/transport", "timeout caused pair closure")
 """What tells an error of gloo, by which processes without GPUs talk; the second where an earlier wait has failed."""
+NO_ROOM = "make room, or set another folder (save_dir of trainer.logger, trainer.default_root_dir); the checkpoints are kept"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing has."""
 Result = TypeVar("Result")
 UNION = "Does not validate against any of the Union subtypes"
 """How jsonargparse begins when a class that may be left out cannot be made; what its constructor said follows in a list."""
@@ -265,24 +285,29 @@ def is_mistake(error: Exception) -> bool:
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder, beside its checkpoints, and nothing where there is no logger.
 
-    Lightning's own writes it for W&B into the working directory, where the next run finds it and ends.
+    A run that goes on in the folder of its checkpoint writes config-N.yaml. Lightning's own writes it for W&B into the working
+    directory, where the next run finds it and ends.
     """
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """
         Raises:
-            ValueError: a run of this folder has one already.
+            ValueError: a run of this folder has one already, which began at the same time.
+            OSError: the disk is full, or cannot be written.
         """
         if not trainer.loggers:
             return
         folder = run_folder(trainer)
         path, files = f"{folder}/{self.config_filename}", get_filesystem(folder)
         if files.isfile(path):
-            raise ValueError(
-                f"{path} is there already, of an earlier run: set another version, name or save_dir of trainer.logger"
-            )
-        files.makedirs(folder, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
+            if not goes_on_in(trainer, self.config.get("ckpt_path"), folder):
+                raise ValueError(
+                    f"{path} is there already, of an earlier run: set another version, name or save_dir of trainer.logger"
+                )
+            path = next_free(path)
+        with naming(path, NO_ROOM):
+            files.makedirs(folder, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
 
 
 class TaskCLI(LightningCLI):
@@ -297,6 +322,7 @@ class TaskCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Leaves `sys.argv` whole, which DDP reads to start the other processes."""
+        self.words = list(args)
         self.config = parser.parse_args(configs_first(args))
         config = self.config[self.config.subcommand]
         checkpoint = config.ckpt_path
@@ -323,19 +349,41 @@ class TaskCLI(LightningCLI):
         if self.subcommand != "fit":
             super().instantiate_classes()
             return
-        resume, config.resume = config.resume is not None, None  # the configuration that is saved has the path itself
+        self.resumes, config.resume = config.resume is not None, None  # the configuration that is saved has the path itself
         whole = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
         recipe = {part: whole.get(part) for part in ("seed_everything", "model", "data")}
-        if resume:
+        if self.resumes:
             self.resume(recipe)
         super().instantiate_classes()
         callbacks: Any = self.trainer
-        callbacks.callbacks.append(KeepRecipe(recipe))
-        if resume:
+        callbacks.callbacks += [KeepRecipe(recipe), CheckMonitors()]
+        if self.resumes:
             callbacks.callbacks.append(SameCheckpoint(config.ckpt_path))
         for callback in callbacks.callbacks:
-            if isinstance(callback, StopOnSignal) and resume:
-                callback.resumed_from = config.ckpt_path
+            if isinstance(callback, StopOnSignal):
+                callback.command = self.going_on
+                if self.resumes:
+                    callback.resumed_from = config.ckpt_path
+
+    def going_on(self, checkpoint: str) -> str:
+        """The command that goes on from a checkpoint of this run, as a person pastes it.
+
+        It has `--resume auto` where that would take this very checkpoint, and else its path.
+        """
+        config: Any = self.config[self.subcommand]
+        words, given = [], iter(self.words)
+        for word in given:
+            if word in ("--ckpt_path", "--resume"):
+                next(given, None)
+            elif not word.startswith(("--ckpt_path=", "--resume=")):
+                words.append(word)
+        in_a_file = config.ckpt_path is not None and not self.resumes and len(words) == len(self.words)
+        found = newest_first(path for place, names in local_places(config.trainer).items() for path in place.glob(names))
+        auto = not in_a_file and bool(found) and found[0].resolve() == Path(checkpoint).resolve()
+        more = ["--resume", "auto"] if auto else ["--ckpt_path", checkpoint]
+        launcher: Any = self.trainer._accelerator_connector.cluster_environment
+        by = "(by the same launcher) " if launcher.creates_processes_externally else ""
+        return by + shlex.join([*self.parser.prog.split(), *words, *more])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Chooses what is not given: the precision, `AtomicCheckpointIO` to write checkpoints, and what a person sees.
@@ -353,8 +401,21 @@ class TaskCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=self.shown(callbacks), **kwargs)
         check_processes(trainer)
+        if self.subcommand == "fit":
+            config: Any = self.config.fit
+            check_folders(trainer, config.ckpt_path, self.resumes)
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.save = partial(save_metrics, logger, logger.save)  # type: ignore[method-assign]
+            remove_dead(self.parts_left(trainer))
         start_wandb(trainer)
         return trainer
+
+    def parts_left(self, trainer: pl.Trainer) -> Iterator[Path]:
+        """The parts of checkpoints in the folders where runs of this logger save, on the first process."""
+        if trainer.is_global_zero:
+            for place, pattern in local_places(self.config.fit.trainer).items():
+                yield from place.glob(f"{pattern}.*part")
 
     def shown(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
         """The callbacks that are given, and what shows the training to a person."""
@@ -363,14 +424,33 @@ class TaskCLI(LightningCLI):
         return callbacks if has_bar else [*callbacks, TrainingBar()]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """After an error, ends the processes that Lightning started with this one as it ends: one that hangs would stay."""
+        """After an error, ends the processes that Lightning started with this one as it ends: one that hangs would stay.
+
+        Raises:
+            ValueError: EarlyStopping waits for a metric that a module or callback of one's own does not log.
+            OSError: a file of the run cannot be written.
+        """
         try:
             super()._run_subcommand(subcommand)
-        except Exception:
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # by which Lightning has ended
+                sys.exit(INTERRUPTED)
+            raise
+        except Exception as error:
             launcher = self.trainer.strategy.launcher
             if isinstance(launcher, _SubprocessScriptLauncher):
                 atexit.register(launcher.kill, _get_sigkill_signal())
+            if str(error).startswith("Early stopping conditioned on metric"):
+                raise ValueError(" ".join(str(error).split())) from error
+            if not is_mistake(error) and (file := unwritten(self.trainer, error)):
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise OSError(f"{file} cannot be written ({reason}): {NO_ROOM}") from error
             raise
+
+    def after_fit(self) -> None:
+        """Says why a run has saved no checkpoint, where it has not."""
+        if why := why_unsaved(self.trainer):
+            print_once(f"no checkpoint was saved: {why}")
 
     def resume(self, recipe: dict[str, Any]) -> None:
         """Sets ckpt_path to the newest complete checkpoint of this recipe, if there is one; says so.
@@ -411,6 +491,7 @@ class TaskCLI(LightningCLI):
         if because:
             print_once(f"--resume auto: newer ones are passed over, because {because}")
         print_once(f"--resume auto: this run goes on from {path}")
+        go_on_in_wandb(config.trainer, path)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -482,6 +563,7 @@ class PretrainCLI(TaskCLI):
 
     def after_fit(self) -> None:
         """Says where the pictures and the encoder are, and how it learns to classify."""
+        super().after_fit()
         trainer: Any = self.trainer
         for callback in trainer.callbacks:
             if isinstance(callback, PictureCallback) and callback.path:
@@ -602,6 +684,7 @@ class WholeModelCLI(TaskCLI, ABC):
 
     def after_fit(self) -> None:
         """Says where the model is, and how it predicts."""
+        super().after_fit()
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path:
             command = f"{self.parser.prog} predict --ckpt_path {shlex.quote(path)} --data {self.photos} --data.root PHOTOS"
@@ -775,6 +858,32 @@ def configs_first(words: list[str]) -> list[str]:
     return [words[0], *files, *others]
 
 
+def save_metrics(logger: CSVLogger, save: Callable[[], None]) -> None:
+    """What a CSVLogger does to save, with an error that names its file.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    with naming(f"{logger.log_dir}/metrics.csv", NO_ROOM):
+        save()
+
+
+def unwritten(trainer: pl.Trainer, error: Exception) -> str | None:
+    """The file of a run that could not be written, if an error of the disk says so: it is in a folder of the run, or above.
+
+    A disk that is full names no file; the run's folder stands for it.
+    """
+    if not isinstance(error, OSError):
+        return None
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folders = [*logged_in(trainer), trainer.default_root_dir, *(str(saver.dirpath) for saver in savers if saver.dirpath)]
+    if error.filename is None:
+        return f"a file in {folders[0]}" if error.errno in NO_SPACE else None
+    file = str(error.filename)
+    in_run = any(is_in(file, folder) or is_in(folder, file) for folder in folders[:1] + folders[2:])
+    return file if in_run else None
+
+
 def start_wandb(trainer: pl.Trainer) -> None:
     """Starts the run of a WandbLogger with no terminal in sight, where wandb would ask for a key and wait for an answer.
 
@@ -798,32 +907,80 @@ def start_wandb(trainer: pl.Trainer) -> None:
                 sys.stdin = terminal
 
 
+def local_places(trainer: Namespace) -> dict[Path, str]:
+    """As `checkpoint_places`; none where a logger or a disk is one that it refuses."""
+    try:
+        return checkpoint_places(trainer)
+    except ValueError:  # which --resume auto says, if it is asked for
+        return {}
+
+
 def checkpoint_places(trainer: Namespace) -> dict[Path, str]:
     """The folders in which runs save that have this `trainer` section, each with the pattern of the checkpoints in it.
 
     Raises:
-        ValueError: the logger chooses a folder (another than CSVLogger and TensorBoardLogger), or one is on no local disk.
+        ValueError: the logger chooses a folder (another than CSVLogger, TensorBoardLogger and WandbLogger), or one is on no
+            local disk.
     """
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
     configured = [callback for callback in callbacks if isinstance(callback, Namespace)]
     savers = [callback for callback in configured if issubclass(import_object(callback.class_path), ModelCheckpoint)]
     dirpaths = [callback.get("init_args", Namespace()).get("dirpath") for callback in savers]
-    logger = trainer.logger[0] if isinstance(trainer.logger, list) and trainer.logger else trainer.logger
-    kind = logger.class_path.rpartition(".")[-1] if isinstance(logger, Namespace) else logger
+    logger = first_logger(trainer)
+    kind = kind_of(logger)
+    root = trainer.default_root_dir or "."
     places = {str(dirpath): "**/*.ckpt" for dirpath in dirpaths if dirpath}
     if kind in ("CSVLogger", "TensorBoardLogger"):
         places[f"{logger.init_args.save_dir}/{logger.init_args.name or ''}"] = "*/checkpoints/**/*.ckpt"
+    elif kind == "WandbLogger":
+        places[wandb_project(logger, root)] = "*/checkpoints/**/*.ckpt"
     elif kind is False:
-        places[f"{trainer.default_root_dir or '.'}/checkpoints"] = "**/*.ckpt"
+        places[f"{root}/checkpoints"] = "**/*.ckpt"
     else:
         raise ValueError(
-            f"--resume auto looks through the runs of a CSVLogger or a TensorBoardLogger, but trainer.logger is {kind}: put a "
-            f"CSVLogger before it, or give --ckpt_path FILE"
+            f"--resume auto looks through the runs of a CSVLogger, a TensorBoardLogger or a WandbLogger, but trainer.logger is "
+            f"{kind}: put a CSVLogger before it, or give --ckpt_path FILE"
         )
     for place in places:
         if get_protocol(place) != "file":
             raise ValueError(f"--resume auto looks through folders of local disks, not {place}: give --ckpt_path FILE")
     return {Path(place).expanduser(): pattern for place, pattern in places.items()}
+
+
+def first_logger(trainer: Namespace) -> Any:
+    """As configured: the one that names the run's folder."""
+    return trainer.logger[0] if isinstance(trainer.logger, list) and trainer.logger else trainer.logger
+
+
+def kind_of(logger: Any) -> Any:
+    """The name of a configured logger's class; else what stands in its place, such as False."""
+    return logger.class_path.rpartition(".")[-1] if isinstance(logger, Namespace) else logger
+
+
+def wandb_project(logger: Namespace, root: str) -> str:
+    """Where the runs of a WandbLogger have their folders, each named by its id."""
+    given = logger.init_args
+    project = given.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+    return f"{given.get('save_dir') or given.get('dir') or root}/{project}"
+
+
+def go_on_in_wandb(trainer: Namespace, checkpoint: Path) -> None:
+    """Lets a WandbLogger that names the run's folder go on with the run in whose folder a checkpoint is. Says which it is.
+
+    A run that has an id of its own (given, or of W&B's agent) keeps it.
+    """
+    logger = first_logger(trainer)
+    if kind_of(logger) != "WandbLogger":
+        return
+    given = logger.init_args
+    project = Path(wandb_project(logger, trainer.default_root_dir or ".")).expanduser()
+    own = given.get("id") or given.get("version") or os.environ.get("WANDB_RUN_ID")
+    if own is None and checkpoint.is_relative_to(project) and "WANDB_SWEEP_ID" not in os.environ:
+        own = given.id = checkpoint.relative_to(project).parts[0]
+    if own is not None and checkpoint.is_relative_to(project / own):
+        print_once(f"--resume auto: it goes on with the W&B run {own}")
+    else:
+        print_once(f"--resume auto: a new run begins in W&B{'' if own is None else f', {own}'}")
 
 
 def first_of(recipe: dict[str, Any], found: list[Path]) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,9 @@
 """What a training does when it cannot go on as planned: an update that is not finite, a signal to stop."""
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch.optim import Optimizer
 from unimim.saving import replace
 from unimim.waiting import may_wait
 
-SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGUSR1"))
-"""Those that ask a training to stop. (Windows has no SIGUSR1.)"""
+SIGNALS = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1"))
+"""Those that ask a training to stop; SIGINT is Ctrl-C. (Windows has no SIGUSR1.)"""
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, which shells have for it (128 + 2): no command that should follow a finished training runs."""
 
 
 class SkipNonFinite(pl.Callback):
@@ -182,7 +186,10 @@ def guarded(trainer: pl.Trainer, guard: SkipNonFinite) -> list[pl.Callback]:
 
 
 class StopOnSignal(pl.Callback):
-    """SIGTERM or SIGUSR1 saves a checkpoint between two steps, says where, and ends the program with exit status 0.
+    """SIGTERM, SIGUSR1 or Ctrl-C saves a checkpoint between two steps, says where and how to go on, and ends the program.
+
+    The exit status is 0, which tells a scheduler that all is well, and after Ctrl-C 130, which stops a shell's `&&`. A second
+    Ctrl-C ends the program at once, wherever it is, and saves nothing.
 
     One process that gets the signal stops all, after the same step: the running one, or the next that updates the weights. On
     several GPUs, where agreeing waits for the device, it is the next logging step (`trainer.log_every_n_steps`). A signal
@@ -190,16 +197,21 @@ class StopOnSignal(pl.Callback):
     do; without one (`trainer.enable_checkpointing` false) nothing is saved. Once it is complete, the signal's checkpoint before
     it is removed: this run's, or the one from which it goes on under `--resume auto`.
 
-    From the `setup` of the callbacks on signals are heeded, and workers of the data outlive SIGUSR1. Before the first step (a
-    teacher that is fitted to the data, the trial validation) the program ends where training would begin, with exit status 0,
-    and saves nothing.
+    From the `setup` of the callbacks on signals are heeded, and workers of the data outlive SIGUSR1 and Ctrl-C. Before the
+    first step (a teacher that is fitted to the data, the trial validation) nothing is saved: Ctrl-C ends the program at once,
+    the others end it where training would begin, with exit status 0. A Ctrl-C that the process was told to ignore (a job of
+    a shell in the background) is ignored.
 
     Where another handler of SIGUSR1 is there when training starts, it is called after the save, on every process, and training
     goes on: Lightning's under Slurm, which requeues the job. In Python: `Trainer(callbacks=[StopOnSignal()])`.
+
+    Attributes:
+        command: gives the line that goes on from a checkpoint, which is then said; None says none.
     """
 
     def __init__(self) -> None:
         self.resumed_from: str | None = None
+        self.command: Callable[[str], str] | None = None
         self.found: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -210,19 +222,26 @@ class StopOnSignal(pl.Callback):
         knows no save.
         """
         self.received = 0
+        self.begun = False
+        self.process, self.is_first = os.getpid(), trainer.is_global_zero
         self.previous: dict[int, Any] = {}
         connector: Any = trainer._signal_connector
         takes = stage == "fit" and threading.current_thread() is threading.main_thread()
         if takes:
-            self.found = {number: signal.signal(number, self.note) for number in SIGNALS}
+            self.found = self.take()
 
         def register_signal_handlers() -> None:
             self.give_back()
             type(connector).register_signal_handlers(connector)
             if takes:
-                self.previous = {number: signal.signal(number, self.note) for number in SIGNALS}
+                self.previous = self.take()
 
         connector.register_signal_handlers = register_signal_handlers
+
+    def take(self) -> dict[int, Any]:
+        """Handles the signals here; returns the handlers before."""
+        ignored = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else []
+        return {number: signal.signal(number, self.note) for number in SIGNALS if number not in ignored}
 
     def give_back(self) -> None:
         """The handlers that `setup` found."""
@@ -234,10 +253,23 @@ class StopOnSignal(pl.Callback):
         self.give_back()
 
     def note(self, number: int, frame: Any) -> None:
-        """The handler: it may run amid anything, and only remembers."""
+        """The handler: it may run amid anything, and only remembers.
+
+        Raises:
+            KeyboardInterrupt: at Ctrl-C, where there is nothing to save.
+        """
+        if number == signal.SIGINT:
+            if os.getpid() != self.process:  # a worker of the data, which a terminal tells too: it ends with this process
+                return
+            if not self.begun:
+                signal.default_int_handler(number, frame)
+            signal.signal(number, signal.SIG_DFL)  # which ends also one that waits for another process, for ever
+            if self.is_first:
+                os.write(2, b"\nCtrl-C: saves a checkpoint after the running step, and ends; once more ends at once\n")
         self.received = number
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begun = True
         self.step = trainer.global_step
         callbacks: Any = trainer  # others change what is saved, so this is the last but for ModelCheckpoint
         callbacks.callbacks = sorted(callbacks.callbacks, key=lambda other: (isinstance(other, Checkpoint), other is self))
@@ -253,16 +285,18 @@ class StopOnSignal(pl.Callback):
             return
         self.step = trainer.global_step
         if (trainer.world_size == 1 or may_wait(trainer)) and (number := self.agreed(trainer)):
-            place = "there is no ModelCheckpoint, so nothing is saved"
+            told = "there is no ModelCheckpoint, so nothing is saved"
             if callback := next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None):
                 name = f"epoch={trainer.current_epoch}-step={self.step}-{signal.Signals(number).name}.ckpt"
                 place = f"{callback.dirpath}/{name}"
                 trainer.save_checkpoint(place, weights_only=False)
                 if self.resumed_from and self.resumed_from.endswith(tuple(f"-{one.name}.ckpt" for one in SIGNALS)):
                     replace(trainer, Path(self.resumed_from), Path(place))
-                self.resumed_from = place
+                self.resumed_from = told = place
+                if self.command and trainer.is_global_zero:
+                    told += f"\nto go on: {self.command(place)}"
             try:
-                self.stop(trainer, number, f"after step {self.step}: {place}")
+                self.stop(trainer, number, f"after step {self.step}: {told}")
             except SIGTERMException:
                 connector = trainer._logger_connector  # Lightning would log this step's metrics behind this hook
                 connector.on_batch_end()
@@ -283,7 +317,12 @@ class StopOnSignal(pl.Callback):
         if trainer.is_global_zero:
             print(f"{signal.Signals(number).name} {told}", flush=True)
         requeue = self.previous.get(number)
-        if number != signal.SIGTERM and callable(requeue):
+        if number not in (signal.SIGTERM, signal.SIGINT) and callable(requeue):
             requeue(number, None)
             return
-        raise SIGTERMException
+        raise SIGTERMException(*status_after(number))
+
+
+def status_after(number: int) -> list[int]:
+    """With what `SystemExit` is made after a signal: nothing, which is exit status 0, or the one after Ctrl-C."""
+    return [INTERRUPTED] if number == signal.SIGINT else []

@@ -25,6 +25,7 @@ from unimim.randomness import accumulated, exact_resume
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.waiting import log_loss
+from unimim.written import naming, whole
 
 
 class FineTuning(Task):
@@ -64,6 +65,9 @@ class FineTuning(Task):
 
     mean: Tensor
     std: Tensor
+
+    metrics: tuple[str, ...] = ("train/loss", "val/acc1", "val/acc5")
+    """The names of all that is logged."""
 
     def __init__(
         self,
@@ -327,12 +331,19 @@ class FineTuning(Task):
         The file is UTF-8, in which names of files that are not UTF-8 keep their bytes, as the system stores them: Python reads
         them back with `open(path, encoding="utf-8", errors="surrogateescape", newline="")`, pandas with
         `encoding_errors="surrogateescape"`.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
         """
         written = 0
         places = range(1, batches[0][0].shape[1] + 1)
         header = ["file", *(f"{what}_{place}" for place in places for what in ("label", "probability"))]
-        part = destination.with_name(f"{destination.name}.part")  # whoever looks sees the whole table or none
-        with part.open("w", newline="", encoding="utf-8", errors=sys.getfilesystemencodeerrors()) as opened:
+        fix, errors = "make room, or give another --output", sys.getfilesystemencodeerrors()
+        with (
+            naming(destination, fix),
+            whole(destination) as part,
+            part.open("w", newline="", encoding="utf-8", errors=errors) as opened,
+        ):
             writer = csv.writer(opened)
             writer.writerow(header)
             rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)
@@ -343,5 +354,4 @@ class FineTuning(Task):
                 pairs = [value for name, p in zip(names, probabilities, strict=True) for value in (name, f"{p:.6f}")]
                 writer.writerow([str(file), *pairs])
                 written += 1
-        part.replace(destination)
         return written

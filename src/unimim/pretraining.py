@@ -71,6 +71,9 @@ class MaskedImageModeling(Task):
             are tried on two blank images at once.
     """
 
+    metrics: tuple[str, ...] = ("train/loss",)
+    """The names of all that is logged."""
+
     def __init__(
         self,
         teacher: TargetGenerator,

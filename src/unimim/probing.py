@@ -334,6 +334,12 @@ class Probe(Task, ABC):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all that is logged."""
+        of_rates = [f"{what}_lr_{lr:g}" for what in ("train/loss", "val/acc1") for lr in self.lrs]
+        return ["train/loss", "val/acc1", "val/best_lr", *of_rates]
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """What makes a resumed run exact, and the look at the first batch.
 

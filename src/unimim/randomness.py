@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.loops import evaluation_loop, fit_loop
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, DistributedSampler
@@ -200,7 +200,8 @@ class ExactResume(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.saved: dict[str, int] | None = None
+        self.saved: dict[str, Any] | None = None
+        self.names: str | None = None
         self.metrics: dict[str, float] = {}
         self.buffers: dict[str, Tensor] = {}
         self.quiet = ExitStack()
@@ -239,7 +240,7 @@ class ExactResume(pl.Callback):
         """
         if not is_resumable(trainer):
             return
-        checkpoint["run"] = numbers(trainer)
+        checkpoint["run"] = {**numbers(trainer), **settings(trainer), "names": self.names}
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         loop: Any = trainer.fit_loop
         batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
@@ -270,9 +271,11 @@ class ExactResume(pl.Callback):
             return
         check_loader(trainer)
         loop: Any = trainer.fit_loop
+        loader: Any = trainer.train_dataloader
+        self.names = digest_of_names(loader.sampler.dataset) if trainer.is_global_zero else None
         if not loop.is_resuming:
             return
-        loader: Any = trainer.train_dataloader
+        self.say_what_differs(trainer)
         epochs, batches, validation = loop.epoch_progress, loop.epoch_loop.batch_progress, loop.epoch_loop.val_loop
         closed = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end and batches.is_last_batch
         for progress in (epochs.current, epochs.total):
@@ -315,6 +318,16 @@ class ExactResume(pl.Callback):
         self.quiet.enter_context(warnings.catch_warnings())  # until the first batch
         warnings.filterwarnings("ignore", message=NOT_RESUMABLE)
 
+    def say_what_differs(self, trainer: pl.Trainer) -> None:
+        """Says which settings and images are others than those of the checkpoint's run, as far as it says them."""
+        saved, now = self.saved or {}, settings(trainer)
+        changed = [f"{name} {saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]]
+        if changed:
+            rank_zero_info(f"the checkpoint's run had {'; '.join(changed)}: numbers differ from what they would have been")
+        names = saved.get("names")
+        if names and self.names and names != self.names and saved["images"] == numbers(trainer)["images"]:
+            rank_zero_info("the images are others than those of the checkpoint's run: as many, but with other file names")
+
     def batches_done(self, trainer: pl.Trainer, seen: int, whole: bool) -> int:
         """How many of this run's batches are what `seen` batches of the checkpoint's were, in whole steps of the optimizer.
 
@@ -331,7 +344,7 @@ class ExactResume(pl.Callback):
         before, after = images_a_step(saved), images_a_step(now)
         images = seen // saved["accumulate_grad_batches"] * before
         steps = images // after
-        if saved != now:
+        if any(saved[name] != now[name] for name in now):
             again = f" ({left} are seen again)" if (left := images - steps * after) and not whole else ""
             kept = before == after and all(saved[name] == now[name] for name in ("images", "seed"))
             rank_zero_info(
@@ -409,6 +422,31 @@ def numbers(trainer: pl.Trainer) -> dict[str, int]:
         "images": len(loader.sampler.dataset),
         "seed": loader.sampler.seed,
     }
+
+
+def settings(trainer: pl.Trainer) -> dict[str, str]:
+    """What else the numbers of a step depend on, as a person reads it."""
+    clip: Any = trainer
+    by = GradClipAlgorithmType(clip.gradient_clip_algorithm or "norm").value
+    return {
+        "precision": str(trainer.precision),
+        "gradient clipping": f"{clip.gradient_clip_val} by {by}" if clip.gradient_clip_val else "none",
+        "strategy": type(trainer.strategy).__name__,
+    }
+
+
+def digest_of_names(dataset: Any) -> str | None:
+    """What stands for the names of a dataset's `files` below the folder that they share; None where it has no files.
+
+    The folder itself may be another one, such as a copy on a node's own disk.
+    """
+    files = getattr(dataset.dataset if isinstance(dataset, SeededSamples) else dataset, "files", None)
+    if not files or not isinstance(files, list):
+        return None
+    names = [os.fspath(file) for file in files]
+    shared = len(os.path.commonpath([os.path.dirname(name) for name in (min(names), max(names))]))  # noqa: PTH120
+    text = "\n".join(name[shared:].lstrip(os.sep) for name in names)
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def images_a_step(run: dict[str, int]) -> int:

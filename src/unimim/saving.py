@@ -1,25 +1,38 @@
 """Checkpoints that outlive an accident: a file is whole or not there, and the newest whole one is found again."""
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning_fabric.utilities.cloud_io import get_filesystem
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
 from unimim.files import check_checkpoint, read_pickle, with_checksum
+from unimim.written import whole
+
+LOGGED = ("config.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints/*.ckpt")
+"""What tells that a run has written into a folder of its loggers."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to `NAME.part` in the same folder, and renames it when all of it is on the disk.
+    """Writes to `NAME.MACHINE-PROCESS.part` in the same folder, and renames it when all of it is on the disk.
 
-    Killed meanwhile, it leaves the file that was there before, and a `.part` that nothing takes for a checkpoint. The content
+    Killed meanwhile, it leaves the file that was there before, and a `.part` that nothing takes for a checkpoint, and that a
+    later run removes. The content
     goes straight to the file (Lightning's own way builds all of it in memory first). Remote paths, which fsspec handles, are
     written as Lightning does. So are folders of shards, where each process writes its own file in place: `is_whole` tells one
     that was cut short. In Python: `Trainer(plugins=[AtomicCheckpointIO()])`.
@@ -35,14 +48,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         destination = Path(name)
-        part = destination.with_name(f"{destination.name}.part")
         try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with whole(destination) as part, part.open("wb") as file:
                 torch.save(with_checksum(checkpoint), file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(destination)
             if os.name == "posix":  # the new name is on the disk with its folder, which Windows cannot open
                 folder = os.open(destination.parent, os.O_RDONLY)
                 try:
@@ -50,7 +60,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 finally:
                     os.close(folder)
         except BaseException as error:
-            part.unlink(missing_ok=True)
             refused = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
             if refused is None:
                 raise
@@ -105,16 +114,110 @@ def run_folder(trainer: pl.Trainer) -> str:
     return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)  # noqa: PTH118
 
 
+def check_folders(trainer: pl.Trainer, checkpoint: str | None, resumes: bool) -> None:
+    """Looks, before anything is opened or written, that this run writes into no folder of another run.
+
+    A run may go on in the folder from which its checkpoint is. Its metrics.csv, which CSVLogger would delete, is kept there
+    as metrics-N.csv. Only the first process looks, which starts the others or is awaited by them.
+
+    Args:
+        checkpoint: from which the run goes on.
+        resumes: the run has looked for a checkpoint (`--resume auto`) among those of other recipes, which stay as they are.
+
+    Raises:
+        ValueError: a folder of a logger, or one of the checkpoints, has an earlier run in it.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+    if not trainer.loggers and any(not saver.dirpath for saver in savers):
+        folders.append(f"{trainer.default_root_dir}/checkpoints")
+    requeued = SLURMEnvironment.detect() and any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))  # by Lightning
+    for folder in folders:
+        left = found_in(folder, ("*.ckpt",))
+        if left and not resumes and not requeued and not goes_on_in(trainer, checkpoint, folder):
+            raise ValueError(
+                f"{folder} has checkpoints of an earlier run ({left}): give another folder (trainer.default_root_dir, or "
+                f"dirpath of ModelCheckpoint), or go on from one of them, --ckpt_path FILE"
+            )
+    for folder in logged_in(trainer):
+        left = found_in(folder, LOGGED)
+        if left and not goes_on_in(trainer, checkpoint, folder):
+            raise ValueError(
+                f"{folder} is of an earlier run, whose {left} is there: set another version, name or save_dir of "
+                f"trainer.logger (id, of W&B), or go on from its checkpoint, --ckpt_path FILE"
+            )
+        files = get_filesystem(folder)
+        if files.isfile(metrics := f"{folder}/metrics.csv"):
+            kept = next_free(metrics)
+            files.mv(metrics, kept)
+            rank_zero_info(f"this run goes on in {folder}: the metrics before it are kept as {kept}")
+
+
+def logged_in(trainer: pl.Trainer) -> list[str]:
+    """The folders of the loggers that write to disks, as far as they are known before a logger has begun."""
+    folders = [str(logger.log_dir) for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
+    known = trainer.loggers and trainer.loggers[0].version is not None
+    return list(dict.fromkeys([*folders, *([run_folder(trainer)] if known else [])]))
+
+
+def found_in(folder: str, patterns: Iterable[str]) -> str | None:
+    """The first file or folder in a folder that has one of the patterns."""
+    files = get_filesystem(folder)
+    found = (path for pattern in patterns for path in files.glob(f"{glob.escape(folder)}/{pattern}"))
+    return next((PurePosixPath(path).name for path in found), None)
+
+
+def goes_on_in(trainer: pl.Trainer, checkpoint: str | Path | None, folder: str) -> bool:
+    """Whether a run that goes on from this checkpoint does so in its folder: it lies there, or W&B's run has the same id."""
+    if checkpoint is None:
+        return False
+    named_by_wandb = trainer.loggers and isinstance(trainer.loggers[0], WandbLogger)
+    return is_in(str(checkpoint), folder) or bool(named_by_wandb and folder == run_folder(trainer))
+
+
+def is_in(path: str, folder: str) -> bool:
+    """Whether a path is below a folder, of local disks also through links."""
+    if get_protocol(path) != "file" or get_protocol(folder) != "file":
+        return path.startswith(f"{folder}/")
+    return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+
+
+def next_free(path: str) -> str:
+    """NAME-N.ENDING, with the first number for which there is none."""
+    start, ending = os.path.splitext(path)  # noqa: PTH122
+    files = get_filesystem(path)
+    return next(name for number in count(1) if not files.exists(name := f"{start}-{number}{ending}"))
+
+
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Checkpoints by the time of the last change, then by the step in the name. Links to nothing are left out."""
+    """Checkpoints by their step, the highest first; of one step by the time of the last change. Links to nothing are left out.
+
+    By the step, because a file that is copied is younger than what was trained after it.
+    """
     return sorted((path for path in paths if path.exists()), key=age, reverse=True)
 
 
 def age(path: Path) -> tuple[int, int, str]:
-    """What orders checkpoints, the newest last."""
-    file = path / "meta.pt" if (path / "meta.pt").is_file() else path
-    step = re.search(r"step=(\d+)", path.name)
-    return file.stat().st_mtime_ns, int(step[1]) if step else 0, str(path)
+    """What orders checkpoints, the newest last: the step, the time, the name."""
+    file = meta_of(path)
+    return step_of(path), file.stat().st_mtime_ns, str(path)
+
+
+def meta_of(path: Path) -> Path:
+    """The file that says what a checkpoint is: itself, or of a folder of shards `meta.pt`, where that is written."""
+    return path / "meta.pt" if (path / "meta.pt").is_file() else path
+
+
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was saved, as it says itself; of one that cannot be read, as its name says, else 0."""
+    try:
+        content = torch.load(meta_of(path), map_location="cpu", mmap=True, weights_only=True)
+        return int(content["global_step"])
+    except Exception:  # it is cut off (torch raises many kinds), or none of Lightning's, which is told when it is its turn
+        named = re.search(r"step=(\d+)", path.name)
+        return int(named[1]) if named else 0
 
 
 class KeepRecipe(pl.Callback):

@@ -31,6 +31,7 @@ from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
 from unimim.waiting import log_loss
+from unimim.written import naming, whole
 
 AUXILIARY_CHANNELS = 256
 AUXILIARY_LEVEL = 2
@@ -341,6 +342,12 @@ class UperNetSegmentation(Task):
 
     # Its metrics
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all that is logged."""
+        foreground = ["val/miou_foreground"] if "background" in (self.classes or []) else []
+        return ["train/loss", "val/miou", "val/macc", "val/aacc", *foreground]
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts (images [b 3 H W], labels [b H' W']), which may be of another size than the images."""
         images, labels = batch
@@ -404,11 +411,16 @@ class UperNetSegmentation(Task):
             image: [3 H W] in [0, 1].
             labels: [H W]
             destination: their path without the endings; its folder is made.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
         """
         names = self.classes or [str(label) for label in range(self.num_classes)]
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        overlay(image, labels, names).save(f"{destination}_overlay.png")
-        label_picture(labels).save(f"{destination}_labels.png")
+        pictures = {"overlay": overlay(image, labels, names), "labels": label_picture(labels)}
+        for what, picture in pictures.items():
+            file = Path(f"{destination}_{what}.png")
+            with naming(file, "make room, or give another --output"), whole(file) as part, part.open("wb") as opened:
+                picture.save(opened, "PNG")
 
     # Its optimization
 

@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 import traceback
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +19,14 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 
 from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, settings
-from unimim.faults import StopOnSignal
+from unimim.faults import INTERRUPTED, StopOnSignal, status_after
 from unimim.files import read_file
 from unimim.pretraining import MaskedImageModeling
 from unimim.randomness import derived_seed
+from unimim.written import naming, remove_dead, whole
 
 OUTPUT = Path("outputs/sweeps")
+NO_ROOM = "make room, or run it from another folder; the same command goes on"
 FIRST = ("fit", "--trainer.devices=1", "--pictures=false")
 """Of each trial's words: no pictures unless a parameter or option asks for them."""
 SEED = "seed_everything"
@@ -90,6 +91,7 @@ def run_sweep(args: list[str]) -> dict[str, Any]:
     content = read_sweep(options.file)
     folder, metric = OUTPUT / options.file.stem, content["metric"]["name"]
     trials = trials_of(content, options.seeds, overrides)
+    remove_dead([*folder.glob("*.part"), *folder.glob("trials/*.part")])
     kept = number_finished(trials, folder)
     print(f"{options.file}: {len(trials)} trials, {kept} of them finished before", flush=True)
     for trial in trials:
@@ -105,7 +107,7 @@ def run_sweep(args: list[str]) -> dict[str, Any]:
             except (SystemExit, KeyboardInterrupt) as end:  # a signal or Ctrl-C, which a training has heeded
                 kept = number_finished(trials, folder)
                 print(f"the sweep ends here, {kept} of {len(trials)} trials are finished; the same command goes on", flush=True)
-                sys.exit(end.code if isinstance(end, SystemExit) else 1)
+                sys.exit(end.code if isinstance(end, SystemExit) else INTERRUPTED)
         check_metric(trial, trials, metric)
         if trial.metrics is not None and trial.error is None:
             print(f"trial {number} of {len(trials)}: {metric} {shown(trial.metrics[metric])}", flush=True)
@@ -396,8 +398,9 @@ def run(trial: Trial, folder: Path) -> None:
     if resumed and (path := cli.config.fit.ckpt_path):  # one that was killed behind its last step measures nothing more
         trial.metrics = {**read_file(path)["metrics"], **trial.metrics}
     write(file_of(trial, folder), asdict(trial))
-    if any(callback.received for callback in trainer.callbacks if isinstance(callback, StopOnSignal)):
-        sys.exit(0)  # by a signal that came behind the last step
+    for callback in trainer.callbacks:
+        if isinstance(callback, StopOnSignal) and callback.received:  # by a signal that came behind the last step
+            sys.exit(*(status_after(callback.received) or [0]))
 
 
 def check_metric(trial: Trial, trials: list[Trial], name: str) -> None:
@@ -419,11 +422,13 @@ def check_metric(trial: Trial, trials: list[Trial], name: str) -> None:
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON, whole or not at all; of several writers each leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    """JSON, whole or not at all; of several writers each leaves a whole file.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    with naming(path, NO_ROOM), whole(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # What came out
@@ -510,5 +515,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     if any(lines):
         axes.legend(frameon=False)
-    path.with_name(".nomedia").touch()  # so that a folder of photos may have runs in it, whose figures no one trains on
-    figure.savefig(path, dpi=110)
+    with naming(path, NO_ROOM):
+        path.with_name(".nomedia").touch()  # so that a folder of photos may have runs in it, whose figures no one trains on
+        with whole(path) as part, part.open("wb") as file:
+            figure.savefig(file, dpi=110, format="png")

@@ -1,9 +1,6 @@
 """Targets of many images on a disk: files that are whole or not there, mapped into memory, a checksum for each target."""
 
 import math
-import os
-import shutil
-import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from unimim.files import content_of
+from unimim.written import remove_dead, save_tensors, whole
 
 FILE_IMAGES = 1024
 """The most images in a file: so many are computed again after an interruption."""
@@ -46,6 +45,10 @@ class TargetFiles:
         """The images of a file."""
         return range(number * self.rows, min((number + 1) * self.rows, self.images))
 
+    def remove_dead(self) -> None:
+        """Removes what writers left that were killed."""
+        remove_dead([*self.folder.glob("*.part"), *self.folder.glob("view-*/*.part")])
+
     def missing(self, view: int) -> list[int]:
         """The numbers of the files of a view that are not there."""
         there = {file.name for file in self.file(view, 0).parent.glob("*.safetensors")}
@@ -63,10 +66,8 @@ class TargetFiles:
         """
         sums = torch.tensor([checksum(*row) for row in zip(targets, quarters, strict=True)])
         content = {"targets": targets.contiguous(), "quarters": quarters.contiguous(), "checksums": sums}
-        with whole(self.file(view, number)) as part:
-            save_file(content, part)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+        with whole_in_cache(self.file(view, number)) as part:
+            save_tensors(content, part)
 
     def read(self, view: int, indices: list[int], pinned: bool = False) -> tuple[Tensor, Tensor]:
         """Of these images: targets [n ...] as stored, quarters [n 3 2 2].
@@ -130,33 +131,19 @@ def checksum(target: Tensor, quarters: Tensor) -> int:
     return zlib.crc32(content_of(quarters), zlib.crc32(content_of(target)))
 
 
-def content_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which are not copied."""
-    return tensor.detach().flatten().view(torch.uint8).numpy().data
-
-
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` for a file or a folder, which gets that name when it is written.
-
-    So of several writers each leaves a whole file. Of folders the first stays, and the others are thrown away.
+def whole_in_cache(path: Path) -> Iterator[Path]:
+    """As `whole`, for a file or a folder of a cache.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
+        with whole(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
         if not path.is_dir():
             raise OSError(f"the cache cannot write {path} ({error}): make room, or give another folder (--cache)") from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif part.exists():
-            part.unlink()
 
 
 def in_words(size: float) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.backbones import check_object
+from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
 from unimim.interfaces import Grid, TargetGenerator, check_positive
 from unimim.processor import sparing
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
-from unimim.target_files import TargetFiles, content_of, in_words, whole
+from unimim.target_files import TargetFiles, in_words, whole_in_cache
+from unimim.written import save_tensors
 
 MADE_WITH, FITTED = Path("teacher/made_with.json"), Path("teacher/fitted.safetensors")
 """Where a cache says what it is of, and keeps what its teacher has fitted to the data."""
@@ -130,6 +131,8 @@ class FixedViews(pl.Callback):
             "target": [str(example.dtype), *self.files.shape],
             "rows": self.files.rows,
         }
+        if trainer.is_global_zero:
+            self.files.remove_dead()
         # as the first process sees it, so that all do the same
         begun, missing, free = trainer.strategy.broadcast(self.on_disk())
         if begun:
@@ -141,7 +144,7 @@ class FixedViews(pl.Callback):
             trainer.strategy.barrier("cache: it has begun")
             check_same(folder, made_with)  # another run may have been faster
         if (folder / FITTED).is_file():
-            target.teacher.load_state_dict(load_file(folder / FITTED, device=str(pl_module.device)))
+            target.teacher.load_state_dict(fitted(folder / FITTED))
         self.check(trainer, pl_module, missing)
         for view, numbers in enumerate(missing):
             self.write(trainer, pl_module, view, numbers[trainer.global_rank :: trainer.world_size])
@@ -186,10 +189,10 @@ class FixedViews(pl.Callback):
         teacher = self.target.teacher
         with trainer.precision_plugin.forward_context():
             teacher.prepare(pl_module.training_images(), pl_module.student.grid_size)
-        with whole((self.target.folder / MADE_WITH).parent) as part:
+        with whole_in_cache((self.target.folder / MADE_WITH).parent) as part:
             part.mkdir()
             if state := {key: value.cpu().contiguous() for key, value in teacher.state_dict().items()}:
-                save_file(state, part / FITTED.name)  # such as a codebook
+                save_tensors(state, part / FITTED.name, {CHECKSUM: header_checksum(state, "")})  # such as a codebook
             (part / MADE_WITH.name).write_text(json.dumps(made_with, indent=1) + "\n")
 
     def fix(self, trainer: pl.Trainer) -> None:
@@ -323,6 +326,18 @@ class FixedViews(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+def fitted(path: Path) -> dict[str, Tensor]:
+    """Reads what a teacher has fitted to the data of a cache.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return read_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"the cache is damaged: {error}; or delete its folder, which the next run writes again") from error
 
 
 def sampler_of(trainer: pl.Trainer) -> ResumableSampler:

@@ -1,0 +1,107 @@
+"""A file is whole or not there: it is written under a name of its writer, then renamed; what dead writers left is removed."""
+
+import glob
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+DAY = 86_400
+"""Seconds in which each living writer has changed its file."""
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes what then gets the name `path`: NAME.MACHINE-PROCESS.part in the same folder."""
+    return path.with_name(f"{path.name}.{machine()}-{os.getpid()}.part")
+
+
+def machine() -> str:
+    """A word for this machine, in which a process number means one process: its name, and that of the container's processes."""
+    processes = Path("/proc/self/ns/pid")
+    space = processes.stat().st_ino if processes.exists() else 0
+    return f"{re.sub('[^A-Za-z0-9]', '_', socket.gethostname())}_{space}"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a file or a folder, which gets that name when it is written; after an error it is removed.
+
+    So of several writers each leaves a whole file. Of folders the first stays, and the others are thrown away. Parts of the
+    same name whose writers are dead go first, to make room.
+    """
+    part = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(path.parent.glob(f"{glob.escape(path.name)}.*part"))
+        yield part
+        part.replace(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(what: object, fix: str) -> Iterator[None]:
+    """Within it, an error of the disk becomes one line.
+
+    Args:
+        what: the file that is written.
+        fix: what the user can do.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what} cannot be written ({error.strerror or error}): {fix}") from error
+
+
+def save_tensors(content: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A file of safetensors, on the disk, that has the mode of every new file. (`save_file` leaves it to its owner alone.)"""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(content, path, metadata)
+    path.chmod(mode)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def remove_dead(parts: Iterable[Path]) -> None:
+    """Removes, of the parts that were found, those whose writers are dead."""
+    for part in list(parts):
+        with suppress(OSError):  # another run was faster, it is another user's, or the folder is only to be read
+            if is_dead(part):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def is_dead(part: Path) -> bool:
+    """Whether no one writes a `.part` any more.
+
+    Its writer was a process of this machine that has ended; or, on whatever machine, it has not changed for a day.
+    """
+    writer = re.search(r"\.(\w+)-(\d+)\.part$", part.name)
+    if writer and writer[1] == machine() and os.name == "posix" and not is_running(int(writer[2])):
+        return True
+    return time.time() - part.stat().st_mtime > DAY
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
