@@ -236,6 +236,21 @@ def test_a_codebook_that_was_fitted_is_kept(tmp_path: Path) -> None:
     assert torch.equal(*books)
 
 
+def test_a_damaged_codebook_is_named(tmp_path: Path) -> None:
+    """One flipped bit of what the teacher has fitted: safetensors has no checksum of its own."""
+
+    def run() -> None:
+        fit(model_of(CachedTarget(CodebookTarget(hog(), codes=6, fit_images=10), str(tmp_path), views=1), **tokens()))
+
+    run()
+    file = tmp_path / "teacher" / "fitted.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the cache is damaged: .*fitted.safetensors is damaged .*or delete its folder"):
+        run()
+
+
 def test_two_runs_that_begin_at_once_have_one_codebook(tmp_path: Path) -> None:
     """The second has begun before the first, and is done when the first has its own: which is thrown away."""
     others: list[Tensor] = []

@@ -163,6 +163,18 @@ def test_every_page_is_in_the_sites_menu() -> None:
     assert sorted(listed) == sorted([*of_the_root, *(str(page.relative_to(ROOT / "docs")) for page in DOCS)])
 
 
+def test_every_line_of_the_safety_page_has_a_test() -> None:
+    """The last column names tests that exist; only what is trusted has none."""
+    text = (ROOT / "docs/safety.md").read_text()
+    rows = [row.split(" | ") for row in re.findall(r"^\| (?!what |---)(.+)\|$", text, re.M)]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row[-1])
+        assert named or "weights_only=False" in row[0], row[0]
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
 # The public API
 
 
