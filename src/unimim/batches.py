@@ -16,6 +16,10 @@ positive, 0.1875 negative. Over two sides 2 * 1.1875 * 0.1875 are negative. The 
 """
 
 
+MOSTLY = 0.75
+"""So many of the pixels may lie within [0, 1] and others far beyond, as with noise; of normalized ones, half lie below 0."""
+
+
 class CheckBatch(pl.Callback):
     """Looks at the first batch of each training, validation, test and prediction: its form, its pixels, its labels.
 
@@ -111,7 +115,7 @@ def check_images(images: Tensor, kind: torch.dtype | None = None) -> None:
         else:
             fix = "give the channels red, green and blue alone"
         raise ValueError(f"{given}, but they have to be [b 3 H W]: {fix}")
-    if kind is not None and images.dtype != kind:
+    if kind is not None and torch.promote_types(images.dtype, kind) != kind:  # fewer bits become as many
         cast = {torch.float32: "float()", torch.float64: "double()"}.get(kind, f"to({kind})")
         raise ValueError(f"{given}, but what sees them computes in {kind}: give images.{cast}, or set trainer.precision")
 
@@ -133,6 +137,7 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
     if not images.numel():
         return
     low, high = torch.stack(images.aminmax()).tolist()
+    within = 1.0 if low >= -OVERSHOOT and high <= 1 + OVERSHOOT else float(((images >= 0) & (images <= 1)).float().mean())
     if low != low:  # of a NaN anywhere both are NaN
         bad = images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(
@@ -140,6 +145,9 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
         )
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         bytes_like = low >= 0 and high > 10
+        if within > MOSTLY and not bytes_like:
+            rank_zero_warn(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, though most within [0, 1]")
+            return
         fix = "divide them by 255" if bytes_like else "leave out Normalize, each network normalizes for itself"
         raise ValueError(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, but have to lie in [0, 1]: {fix}")
     if 0 < high < 1.5 / 255:
@@ -183,7 +191,7 @@ def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = No
         return
     if axes == 1 and labels.is_floating_point() and labels.shape == (len(images), classes):
         return
-    if labels.dtype != torch.long or labels.ndim != axes or len(labels) != len(images):
+    if labels.dtype not in (torch.long, torch.uint8) or labels.ndim != axes or len(labels) != len(images):
         raise ValueError(
             f"the labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images, but have to be "
             f"torch.int64 [{'b' if axes == 1 else 'b H W'}]: make them so, as by labels.long()"

@@ -15,8 +15,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from torch import Tensor
 
 from unimim.backbones import create_backbone
-from unimim.files import CHECKSUM, description, header_checksum, listed, read_file, state_dict_in, with_checksum
+from unimim.files import CHECKSUM, description, header_checksum, listed, read_file, save, state_dict_in
 from unimim.interfaces import Grid, Student
+from unimim.printing import printable
 from unimim.written import naming, save_tensors, whole
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
@@ -216,7 +217,7 @@ def filled(
         rank_zero_warn(f"{source} does not fit {described['name']}, the rest was loaded: {report.problems}")
     backbone.load_state_dict(weights, strict=False)
     backbone.load_report = report
-    rank_zero_info(str(report))
+    rank_zero_info("\n".join(map(printable, str(report).split("\n"))))
     return backbone
 
 
@@ -424,7 +425,7 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
     with naming(destination, "make room, or give another --output"):
         with whole(destination) as part:
             if format == "timm":
-                torch.save(with_checksum({"state_dict": weights, "backbone": report.backbone}), part)
+                save({"state_dict": weights, "backbone": report.backbone}, part)
             else:
                 metadata = {"format": "pt", "backbone": described, CHECKSUM: header_checksum(weights, described)}
                 save_tensors(weights, part, metadata)
@@ -462,7 +463,7 @@ model = timm.create_model({name!r}, checkpoint_path={destination.name!r}{call})
 Pixels in [0, 1] are normalized by {", ".join(statistics)}.
 """
     for title, entries in sections.items():
-        lines = [f"- {key}: {brief(value)}" for key, value in entries.items()] or [
+        lines = [f"- {printable(key)}: {brief(value)}" for key, value in entries.items()] or [
             "Nothing." if title == "Left out" else "Not in the checkpoint."
         ]
         text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
@@ -472,6 +473,6 @@ Pixels in [0, 1] are normalized by {", ".join(statistics)}.
 def brief(value: Any) -> str:
     """A class of a saved configuration as a call; anything else as it is."""
     if not isinstance(value, dict) or "class_path" not in value:
-        return str(value)
-    arguments = ", ".join(f"{key}={brief(item)}" for key, item in value.get("init_args", {}).items())
-    return f"{value['class_path']}({arguments})"
+        return printable(value)
+    arguments = ", ".join(f"{key}={brief(item)}" for key, item in (value.get("init_args") or {}).items())
+    return printable(f"{value['class_path']}({arguments})")

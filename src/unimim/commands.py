@@ -41,7 +41,7 @@ from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.faults import INTERRUPTED, StopOnSignal
-from unimim.files import check_checkpoint, check_plain, description, is_in_shards, load_strictly, read_file
+from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
@@ -331,14 +331,11 @@ class TaskCLI(LightningCLI):
             sys.exit(f"unimim: error: --resume auto {reason}")
         if checkpoint not in (None, "hpc") and is_in_shards(checkpoint):
             check_shards(checkpoint, config.trainer.strategy)
-            check_checkpoint(checkpoint)
         elif checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
             found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
             if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
                 found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
-        elif checkpoint not in (None, "hpc") and reads_shards(config.trainer.strategy):
-            check_checkpoint(checkpoint)  # such a strategy reads a file by itself, others by AtomicCheckpointIO
         for key, value in model_arguments(config.model, "model"):
             check_plain(value, key)
 
@@ -604,7 +601,8 @@ class WholeModelCLI(TaskCLI, ABC):
             return
         if self.config.subcommand == "fit" and is_in_shards(config.ckpt_path):  # what is given says which model it is
             return
-        content = read_file(config.ckpt_path)
+        content = read_pickle(Path(config.ckpt_path), mmap=True)
+        check_description(content, config.ckpt_path)
         described = description(content)
         if described is None or not self.holds(content):
             sys.exit(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 ENCODERS = ("student.backbone.", "backbone.")
 """Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
-CHECKSUM = "checksum"
+CHECKSUM = "unimim.checksum"
 """The key under which checkpoints and exports keep the `checksum` of their tensors."""
 FOLDER = 0x10
 """A bit in the zip's directory: torch reads zeros for an entry that has it, and no other checksum covers it."""
@@ -70,7 +70,7 @@ def read_safetensors(path: Path) -> Any:
     return weights if described is None else {"state_dict": weights, "backbone": described}
 
 
-def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
+def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_location: Any = "cpu") -> Any:
     """Reads a file of `torch.save`, and verifies it.
 
     Of a zip, torch's format since 1.6, the CRC of every entry is verified, and the tensors by the checksum that our own
@@ -79,6 +79,7 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
     Args:
         mmap: leaves the tensors of a zip on the disk until they are used.
         verify: False leaves the verification to a later call, where only some of many files will be used.
+        map_location: where the tensors go, as in torch.load.
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`.
@@ -88,18 +89,18 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             zipped = zipfile.is_zipfile(path)
             if not zipped or not verify:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
                 check_directory(entries)
                 storages = [entry for entry in entries if "/data/" in entry.filename]
                 check_entries(archive, [entry for entry in entries if entry not in storages])
                 check_entries(archive, storages, read=False)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-                if not isinstance(content, dict) or CHECKSUM not in content:
-                    check_entries(archive, storages)
-                elif content[CHECKSUM] != checksum(content):
+                content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+                if is_changed(content):
                     raise zipfile.BadZipFile(CHANGED)
+                if not isinstance(content, dict) or CHECKSUM not in content or not is_covered(content):
+                    check_entries(archive, storages)
                 return content
     except zipfile.BadZipFile as error:
         raise ValueError(damaged(path, error)) from error
@@ -153,7 +154,7 @@ def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], read
                 pass
 
 
-def damaged(path: Path, why: object) -> str:
+def damaged(path: str | Path, why: object) -> str:
     """One line for a file whose bytes changed after it was written."""
     return f"{path} is damaged ({why}): copy or download it again, or take an earlier checkpoint"
 
@@ -167,9 +168,19 @@ def checksum(content: Any) -> int:
     return total
 
 
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a file with the checksum of its tensors, as `read_pickle` expects it."""
-    return {**content, CHECKSUM: checksum(content)}
+def is_changed(content: Any) -> bool:
+    """Returns whether a content has a checksum that is not the one of its tensors."""
+    return isinstance(content, dict) and CHECKSUM in content and content[CHECKSUM] != checksum(content)
+
+
+def save(content: dict[str, Any], file: Any) -> None:
+    """Writes a file of torch.save that `read_pickle` can verify, with the CRCs of its entries and a checksum of its tensors."""
+    as_set = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save({**content, CHECKSUM: checksum(content)}, file)
+    finally:
+        torch.serialization.set_crc32_options(as_set)
 
 
 def header_checksum(weights: dict[str, Tensor], described: str) -> str:
@@ -178,18 +189,33 @@ def header_checksum(weights: dict[str, Tensor], described: str) -> str:
 
 
 def tensors_in(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields the plain tensors in nested dicts, lists and tuples with their names; not sparse, quantized or meta tensors."""
-    if type(content) in (Tensor, nn.Parameter):
-        if content.layout is torch.strided and not content.is_quantized and not content.is_meta:
+    """Yields the tensors in nested dicts, lists and tuples with their names, but for those that `has_bytes` leaves out."""
+    if isinstance(content, Tensor):
+        if has_bytes(content):
             yield name, content
     elif isinstance(content, (dict, list, tuple)):
         for key, part in content.items() if isinstance(content, dict) else enumerate(content):
             yield from tensors_in(part, f"{name}.{key}")
 
 
+def has_bytes(tensor: Tensor) -> bool:
+    """Returns whether a tensor's content is its own plain bytes: it is not sparse, quantized, on meta, or of a subclass."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_quantized and not tensor.is_meta
+
+
+def is_covered(content: Any) -> bool:
+    """Returns whether `checksum` counts every tensor in the content."""
+    if isinstance(content, Tensor):
+        return has_bytes(content)
+    if isinstance(content, (dict, list, tuple)):
+        return all(map(is_covered, content.values() if isinstance(content, dict) else content))
+    return content is None or isinstance(content, (bool, int, float, str, bytes, torch.dtype, torch.device))
+
+
 def content_of(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor on the CPU; those of a contiguous one are not copied."""
-    return tensor.detach().flatten().view(torch.uint8).numpy().data
+    return tensor.detach().resolve_conj().resolve_neg().flatten().view(torch.uint8).numpy().data
 
 
 # Plain data
@@ -322,7 +348,7 @@ def misfits(module: nn.Module, state_dict: dict[str, Tensor], strict: bool = Tru
         of_another_shape=[
             f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
             for key in expected
-            if key in state_dict and state_dict[key].shape != expected[key].shape
+            if key in state_dict and getattr(state_dict[key], "shape", None) != getattr(expected[key], "shape", None)
         ],
         missing=[key for key in expected if strict and key not in state_dict],
         unexpected=[key for key in state_dict if strict and key not in expected],

@@ -256,7 +256,7 @@ class FineTuning(Task):
         Raises:
             ValueError: it is not (images, labels), or the labels are of no class.
         """
-        check_labelled(batch, int(self.backbone.num_classes), axes=1, predicting=self.trainer.predicting)
+        check_labelled(batch, int(self.backbone.num_classes), axes=1, ignored=-100, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.
@@ -264,6 +264,7 @@ class FineTuning(Task):
         Raises:
             ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None:
@@ -289,7 +290,8 @@ class FineTuning(Task):
         trainer: Any = self.trainer
         loader = trainer.train_dataloader
         if batch := getattr(loader, "batch_size", None):
-            if isinstance(loader, DataLoader) and not loader.drop_last and not isinstance(loader.dataset, IterableDataset):
+            counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+            if counted and not loader.drop_last and trainer.num_training_batches == len(loader):
                 self.check_even(len(loader.sampler) % batch)  # type: ignore[arg-type]
             rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
 

@@ -354,7 +354,7 @@ class Probe(Task, ABC):
         Raises:
             ValueError: it is not (images, labels), or the labels are of no class.
         """
-        check_labelled(batch, self.num_classes, axes=1, predicting=self.trainer.predicting)
+        check_labelled(batch, self.num_classes, axes=1, ignored=-100, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """
@@ -373,6 +373,7 @@ class Probe(Task, ABC):
                 f"trainer.strategy: of a probe the backbone learns nothing, so there is nothing to shard: got "
                 f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
             )
+        super().setup(stage)
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
             raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
@@ -407,7 +408,8 @@ class Probe(Task, ABC):
         Raises:
             FloatingPointError: no rate has a loss that is finite, as of an image that is not.
         """
-        if may_wait(self.trainer) and not self.trainer.callback_metrics["train/loss"].isfinite():
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if may_wait(self.trainer) and loss is not None and not loss.isfinite():
             raise FloatingPointError(
                 f"the loss of every rate is NaN or infinite at step {self.trainer.global_step}: see that the pixels and the "
                 f"backbone's weights are finite, or lower model.lrs; the last checkpoint is kept"

@@ -461,6 +461,7 @@ class UperNetSegmentation(Task):
             ValueError: the data has no labels, or another number of classes; a batch of one image, which batch norm cannot
                 train on; and as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         synchronised = self.synchronise() if stage == "fit" else False
         data: Any = getattr(self.trainer, "datamodule", None)
