@@ -24,7 +24,7 @@ class CheckBatch(pl.Callback):
     """Looks at the first batch of each training, validation, test and prediction: its form, its pixels, its labels.
 
     The task says what form it takes, by its `check_batch(batch)`; a subclass whose batches are of another form overrides that.
-    Pixels are those of the first tensor of four axes. Only for this batch the device is waited for.
+    In a validation or test of one's own (a subclass that has its own step), the form is free. Pixels are those of the first tensor of four axes. Only for this batch the device is waited for.
 
     The tasks bring their own (`configure_callbacks`).
 
@@ -44,19 +44,21 @@ class CheckBatch(pl.Callback):
             return
         self.seen.add((loop, loader))
         task: Any = pl_module
-        if hasattr(task, "check_batch"):
+        step: Any = getattr(type(task), f"{loop}_step", None)
+        of_ones_own = loop in ("validation", "test") and not str(getattr(step, "__module__", "")).startswith("unimim.")
+        if hasattr(task, "check_batch") and not of_ones_own:
             task.check_batch(batch)
         images = next((tensor for tensor in tensors_in(batch) if tensor.ndim == 4), None)
         if images is not None:
             check_pixels(images, trainer.precision_plugin.convert_input(torch.zeros(1)).dtype)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.look(trainer, pl_module, batch, "train")
+        self.look(trainer, pl_module, batch, "training")
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.look(trainer, pl_module, batch, "validate", dataloader_idx)
+        self.look(trainer, pl_module, batch, "validation", dataloader_idx)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -8,18 +8,21 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+NUMBERS = count()
+"""Tell the parts of one process from each other."""
 DAY = 86_400
 """Seconds in which each living writer has changed its file."""
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes what then gets the name `path`: NAME.MACHINE-PROCESS.part in the same folder."""
-    return path.with_name(f"{path.name}.{machine()}-{os.getpid()}.part")
+    """Where this process writes what then gets the name `path`: NAME.NUMBER.MACHINE-PROCESS.part in the same folder."""
+    return path.with_name(f"{path.name}.{next(NUMBERS)}.{machine()}-{os.getpid()}.part")
 
 
 def machine() -> str:
