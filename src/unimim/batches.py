@@ -24,7 +24,8 @@ class CheckBatch(pl.Callback):
     """Looks at the first batch of each training, validation, test and prediction: its form, its pixels, its labels.
 
     The task says what form it takes, by its `check_batch(batch)`; a subclass whose batches are of another form overrides that.
-    In a validation or test of one's own (a subclass that has its own step), the form is free. Pixels are those of the first tensor of four axes. Only for this batch the device is waited for.
+    In a validation or test of one's own (a subclass that has its own step), the form is free. Pixels are those of the first
+    tensor of four axes. Only for this batch the device is waited for.
 
     The tasks bring their own (`configure_callbacks`).
 
