@@ -292,7 +292,7 @@ class FineTuning(Task):
         if batch := getattr(loader, "batch_size", None):
             counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
             if counted and not loader.drop_last and trainer.num_training_batches == len(loader):
-                self.check_even(len(loader.sampler) % batch)  # type: ignore[arg-type]
+                self.check_even(len(loader.sampler) % batch)
             rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
 
     def on_train_start(self) -> None:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
 from unimim.files import check_checkpoint, read_pickle, save
-from unimim.written import whole
+from unimim.written import remove_dead, whole
 
 LOGGED = ("config.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints/*.ckpt")
 """What tells that a run has written into a folder of its loggers."""
@@ -49,6 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         destination = Path(name)
         try:
+            remove_dead(destination.parent.glob(f"{glob.escape(destination.name)}.*part"))  # which makes room
             with whole(destination) as part, part.open("wb") as file:
                 save(checkpoint, file)
                 file.flush()
