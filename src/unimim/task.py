@@ -105,7 +105,7 @@ class Task(pl.LightningModule):
 
         A backbone that was compiled is loaded by its own names.
         """
-        weights = checkpoint["state_dict"]
+        weights = checkpoint.get("state_dict", {})  # in shards, they are elsewhere
         for name in [name for name in weights if "_orig_mod." in name]:
             weights[name.replace("_orig_mod.", "")] = weights.pop(name)
         trainer = self._trainer

@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{next(NUMBERS)}.{machine()}-{os.getpid()}.part")
 
 
+@cache
 def machine() -> str:
     """A word for this machine since it was started, in which a process number means one process: also within a container."""
     boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
