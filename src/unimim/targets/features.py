@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from einops import rearrange, reduce
+from pytorch_lightning.utilities import rank_zero_info
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_name, check_object, create_backbone, own_seed
-from unimim.files import description, load_strictly, read_file, state_dict_in
+from unimim.files import chosen_in, description, load_strictly, read_file, state_dict_in
+from unimim.fitting import fit
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
 from unimim.selection import last_block
@@ -24,8 +26,8 @@ class FeatureTarget(TargetGenerator):
     Args:
         network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
-        weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly, or the encoder in a
-            checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
+        weights: None takes timm's pretrained weights from the hub; a path loads any file that `load_backbone` reads, or
+            the encoder in a checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
             draws a timm network's with a seed of its own, the same in every process and in a run that goes on (frozen
             weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
@@ -37,6 +39,7 @@ class FeatureTarget(TargetGenerator):
         std: their standard deviation, likewise.
         dim: c; None asks timm.
         model_args: further arguments of the timm model.
+        checkpoint_key: the entry of the file to take, where it has several, as in `load_backbone`.
 
     Raises:
         ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
@@ -59,6 +62,7 @@ class FeatureTarget(TargetGenerator):
         std: RGB | None = None,
         dim: int | None = None,
         model_args: dict[str, Any] | None = None,
+        checkpoint_key: str | None = None,
     ) -> None:
         super().__init__()
         self.is_timm = isinstance(network, str)
@@ -88,6 +92,8 @@ class FeatureTarget(TargetGenerator):
             if dim not in (None, channels):
                 raise ValueError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
             dim = channels
+            if content is not None:
+                self._fill(module, content, str(weights), model_args or {}, checkpoint_key)
             mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
         elif (layer, norm, project, model_args) != (-1, True, False, None) or weights == "random":
             raise ValueError(
@@ -99,8 +105,8 @@ class FeatureTarget(TargetGenerator):
         check_statistics("model.teacher", mean, std)
         if resolution is not None:
             check_positive("model.teacher", resolution=resolution)
-        if content is not None:
-            load_strictly(module, state_dict_in(content, str(weights)), str(weights))
+        if content is not None and not self.is_timm:
+            load_strictly(module, state_dict_in(content, str(weights), checkpoint_key), str(weights))
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
@@ -112,6 +118,13 @@ class FeatureTarget(TargetGenerator):
         self._is_hooked = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def _fill(self, network: Any, content: Any, source: str, model_args: dict[str, Any], checkpoint_key: str | None) -> None:
+        """Loads weights in any layout that `load_backbone` reads; of a checkpoint of ours, the encoder."""
+        ours = description(content)
+        state_dict, entry = (content["state_dict"], "") if ours else chosen_in(content, source, checkpoint_key)
+        report = fit(network, state_dict, {**(ours or {}), "name": self.name}, model_args, source, entry=entry)
+        rank_zero_info(str(report))
 
     def _projected(self, network: Any, layer: int, norm: bool) -> int:
         head = getattr(network, "head", None)
