@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from report import in_turn, machine, report
 
-from unimim.files import checksum, read_pickle, with_checksum
+from unimim.files import checksum, read_pickle, save
 
 TENSORS, NUMBERS, REPETITIONS = 200, 2**20, 5
 
@@ -20,7 +20,7 @@ def main() -> None:
     size = TENSORS * NUMBERS * 4 / 1e9
     with tempfile.TemporaryDirectory() as folder:
         ours, plain = Path(folder, "ours.ckpt"), Path(folder, "plain.pth")
-        torch.save(with_checksum({"state_dict": content}), ours)
+        save({"state_dict": content}, ours)
         torch.save({"state_dict": content}, plain)
         reference = "torch.load (reference), verifies nothing"
         ways = {

@@ -135,7 +135,11 @@ def test_the_tolerance_is_the_most_that_bicubic_interpolation_makes() -> None:
     check_pixels(F.interpolate(torch.rand(8, 3, 8, 8).round(), scale_factor=7, mode="bicubic"))
     for outside in (1 + OVERSHOOT + 0.01, -OVERSHOOT - 0.01):
         with pytest.raises(ValueError, match="have to lie in"):
+            check_pixels(pixels().index_fill(3, torch.arange(24), outside))
+        with pytest.warns(UserWarning, match=r"lie within .*, though most within \[0, 1\]"):  # as noise makes them
             check_pixels(pixels().index_fill(3, torch.tensor([5]), outside))
+    with pytest.raises(ValueError, match="divide them by 255"):  # white drawings on black, in 0 to 255
+        check_pixels(pixels().round().mul(0).index_fill(3, torch.tensor([5]), 255))
 
 
 def test_pixels_that_were_divided_twice_are_warned_of() -> None:
@@ -234,7 +238,7 @@ def test_a_model_that_is_called_looks_at_type_and_shape(name: str) -> None:
 
 LABELS = {
     "of_no_class": (lambda labels: labels + 1, "lie within 1 to 3, but 3 classes are 0 to 2"),
-    "negative": (lambda labels: labels - 100, "lie within -100 to -98"),
+    "negative": (lambda labels: labels - 99, "lie within -99 to -97"),
     "int32": (lambda labels: labels.int(), r"labels are torch.int32 .* labels.long\(\)"),
     "two": (lambda labels: torch.stack([labels, labels], 1), r"shape \(4, 2"),
 }
@@ -253,6 +257,15 @@ def test_labels_of_no_class_are_told(tmp_path: Path, fault: str, name: str) -> N
 def test_labels_that_are_probabilities_or_do_not_count_are_taken(tmp_path: Path) -> None:
     trainer(tmp_path).fit(task("finetuning"), loader("finetuning", pixels(), torch.full((4, 3), 1 / 3)))
     trainer(tmp_path).fit(task("segmentation"), loader("segmentation", pixels(), torch.full((4, 32, 32), 255)))
+    for labels in (torch.tensor([0, -100, 1, 2]), torch.tensor([0, 0, 1, 2], dtype=torch.uint8)):  # as torch's own loss
+        trainer(tmp_path, limit_val_batches=0).fit(task("finetuning"), loader("finetuning", pixels(), labels))
+
+
+def test_half_the_bits_are_taken_and_twice_as_many_are_not() -> None:
+    """float16 becomes float32 where it meets mean and std; float64 would make all that follows float64."""
+    check_pixels(pixels().half(), torch.float32)
+    with pytest.raises(ValueError, match=r"give images.float\(\)"):
+        check_pixels(pixels().double(), torch.float32)
 
 
 @pytest.mark.parametrize("probe", [LinearProbe, AttentiveProbe])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import EMATarget, FeatureTarget, FineTuning, MaskedImageModeling, MaskTokenStudent, load_backbone
+from unimim import EMATarget, FeatureTarget, FineTuning, MaskedImageModeling, MaskTokenStudent, fitting, load_backbone
 from unimim import checkpoint as travel
 from unimim.checkpoint import LoadReport, describe_backbone, export
 
@@ -368,7 +368,8 @@ def test_a_timm_name(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, pretrained))
         return published if pretrained else create(name, {**NARROW, **model_args})
 
-    monkeypatch.setattr(travel, "create_backbone", hub)
+    for module in (travel, fitting):
+        monkeypatch.setattr(module, "create_backbone", hub)
     backbone = load_backbone("vit_tiny_patch16_224.augreg_in21k", img_size=384)
     assert asked == [("vit_tiny_patch16_224.augreg_in21k", True), ("vit_tiny_patch16_224.augreg_in21k", False)]
     check_partition(backbone.load_report, published.state_dict(), backbone)
@@ -490,7 +491,7 @@ def test_export_refuses(tmp_path: Path) -> None:
         (path, "carded.pth", "timm", r"carded.pth.md exists and is not overwritten"),
         (path, "x.safetensors", "timm", "from a file that ends in .pth or .pt"),
         (path, "x.pth", "onnx", "knows the formats timm and safetensors, not 'onnx'"),
-        (tmp_path / "mae.pth", "x.pth", "timm", "is no checkpoint of unimim"),
+        (tmp_path / "mae.pth", "x.pth", "timm", "does not say which backbone it holds: give backbone, a timm name"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             export(source, tmp_path / destination, format)
@@ -551,14 +552,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:2000])
     (tmp_path / "page.ckpt").write_bytes(b"<!DOCTYPE html><html>not found</html>")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    torch.save({"state_dict": {"a": torch.nn.Identity()}}, tmp_path / "code.pth")
+    torch.save(torch.nn.Identity(), tmp_path / "code.pth")  # a whole module
     save_file({"a": torch.zeros(1)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:20])
     for name, message in (
         ("cut.ckpt", "may be truncated"),
         ("cut.safetensors", "may be truncated"),
         ("page.ckpt", r"holds no weights, it starts with b'<!DOCTYPE html>"),
-        ("other.ckpt", r"does not say which backbone it holds: give backbone=, a timm name"),
+        ("other.ckpt", r"does not say which backbone it holds: give backbone, a timm name"),
         ("code.pth", r"is refused: its pickle holds more than tensors"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -569,7 +570,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_backbone(missing)
     with pytest.raises(ValueError, match="timm has no model 'vit_tiny_patch16_225'. Nearest: vit_tiny_patch16_224"):
         load_backbone("vit_tiny_patch16_225")
-    for arguments in ({}, {"num_classes": 3}):  # no head; a head on every token
+    for arguments in ({}, {"num_classes": 3, "global_pool": ""}):  # no head; a head on every token
         with pytest.raises(ValueError, match="needs a backbone with a classifier"):
             FineTuning(load_backbone(path, **arguments))
 

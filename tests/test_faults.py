@@ -512,7 +512,7 @@ def test_killed_while_saving(tmp_path: Path) -> None:
         process.communicate(timeout=SECONDS)
     left, part = sorted(path.name for path in tmp_path.glob("step*"))
     assert left == "step=1.ckpt"
-    assert part == f"step=1.ckpt.{machine()}-{process.pid}.part"
+    assert re.fullmatch(rf"step=1.ckpt.\d+.{machine()}-{process.pid}.part", part)
     assert is_whole(tmp_path / "step=1.ckpt")
     assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)["x"].sum() == 1000
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "step=1.ckpt")
@@ -662,8 +662,7 @@ def test_what_a_checkpoint_says_of_its_recipe(tmp_path: Path) -> None:
     torch.save({"x": torch.rand(10)}, path)
     assert recipe_in(path) == {}
     torch.save({"x": tmp_path}, path)  # of a class that is not loaded
-    with pytest.raises(ValueError, match=r"a.ckpt is complete, but not what a training has saved \(UnpicklingError\): move it"):
-        recipe_in(path)
+    assert recipe_in(path) is None
 
 
 def test_resume_auto_where_there_is_nothing(

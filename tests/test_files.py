@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
 import warnings
@@ -15,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from conftest import narrow_recipe, tiny_model
+from conftest import narrow_recipe
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from test_cli import SMALL
+from timm.models import _builder
 from torch.distributed import checkpoint as sharded
 
 import unimim
 from unimim.cli import main
-from unimim.files import check_plain, read_file, with_checksum
+from unimim.files import CHECKSUM, check_plain, checksum, read_file, save
 from unimim.saving import is_whole, recipe_in
 
 VIT = "vit_tiny_patch16_224"
@@ -92,7 +94,7 @@ class World:
 
     def content(self, task: str) -> dict[str, Any]:
         content = torch.load(self.checkpoints[task], weights_only=True)
-        del content["checksum"]  # whoever changes a file can write another one
+        del content[CHECKSUM]  # whoever changes a file can write another one
         return content
 
 
@@ -245,7 +247,8 @@ def test_no_file_runs_code(
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     else:
         PAYLOADS[payload](copy.deepcopy(world.content(task)), path, marker)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("followed a link"))
+    for door in ("load_state_dict_from_url", "load_state_dict_from_hf"):
+        monkeypatch.setattr(_builder, door, lambda *args, **kwargs: marker.touch())
     monkeypatch.setattr(os, "abort", lambda *args: marker.touch())
     refused = said_by(lambda: enter(world, path))
     assert not marker.exists()
@@ -391,17 +394,83 @@ def test_a_library_is_not_shadowed_by_the_working_directory(tmp_path: Path) -> N
         assert "class_path: mine.Mine" in done.stdout
 
 
-def test_the_state_of_modelcheckpoint_removes_nothing_elsewhere(world: World, tmp_path: Path) -> None:
+def evil_states(victim: Path) -> dict[str, dict[str, Any]]:
+    """What a stranger may write into the state of ModelCheckpoint, so that it removes the victim."""
+    up = f"outputs/pretrain/version_0/checkpoints/../../../../{victim.name}"
+    return {
+        "another file system": {"dirpath": f"local://{victim.parent}", "best_model_path": f"local://{victim}"},
+        "another file system for the last": {"last_model_path": f"local://{victim}"},
+        "up and down": {"best_model_path": up, "last_model_path": up, "best_k_models": {up: torch.tensor(0.0)}},
+        "itself": {"dirpath": str(victim.parent), "best_model_path": str(victim), "last_model_path": str(victim)},
+    }
+
+
+@pytest.mark.parametrize("state", evil_states(Path("/x/victim")))
+@pytest.mark.parametrize("known", [True, False], ids=["with a folder", "without"])
+def test_the_state_of_modelcheckpoint_removes_nothing_elsewhere(
+    state: str, known: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lightning removes the files that a checkpoint calls its best and last ones, once it has saved others."""
-    for path in ("outputs/../../precious", "s3://bucket/precious", "..\\precious"):
-        for key in ("best_model_path", "last_model_path", "best_k_models"):
-            content = world.content("pretrain")
-            (name,) = (name for name in content["callbacks"] if name.startswith("ModelCheckpoint"))
-            content["callbacks"][name][key] = {path: torch.tensor(0.0)} if key == "best_k_models" else path
-            torch.save(content, tmp_path / "evil.ckpt")
-            with pytest.raises(SystemExit) as end:
-                main(["pretrain", *world.small, f"--ckpt_path={tmp_path / 'evil.ckpt'}"])
-            assert f"names {path!r}, outside of" in str(end.value.code)
+    monkeypatch.chdir(tmp_path)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").touch()
+    content = world.content("pretrain")
+    (name,) = (name for name in content["callbacks"] if name.startswith("ModelCheckpoint"))
+    content["callbacks"][name].update(evil_states(victim)[state])
+    if not known:
+        content["callbacks"][name].pop("dirpath")
+    torch.save(content, "evil.ckpt")
+    further = [word.replace("max_epochs=1", "max_epochs=3") for word in world.small]
+    root = f"--data.root={world.folder / 'classes'}"
+    main(["pretrain", *(root if word.startswith("--data.root") else word for word in further), "--ckpt_path=evil.ckpt"])
+    assert list(tmp_path.rglob("epoch=2-*.ckpt"))  # it went on, and saved
+    assert (victim / "thesis.tex").is_file()
+
+
+def test_a_run_in_a_folder_above_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own checkpoints have `..` in their paths, and the older one is removed as before."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    root = f"--data.root={world.folder / 'classes'}"
+    words = [root if word.startswith("--data.root") else word for word in world.small]
+    main(["pretrain", *words, "--trainer.logger.save_dir=../runs"])
+    further = [word.replace("max_epochs=1", "max_epochs=2") for word in words]
+    main(["pretrain", *further, "--trainer.logger.save_dir=../runs", "--resume=auto"])
+    assert [path.name[:8] for path in (tmp_path / "runs").rglob("epoch=1*.ckpt")] == ["epoch=1-"]
+
+
+@pytest.mark.parametrize("places", ["hyper_parameters", "hparams", "module_arguments"])
+def test_hyperparameters_reach_no_network_and_no_folder(
+    places: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm would fetch weights from any address, and write them into any folder: by arguments, and by Lightning's old keys."""
+    asked: list[object] = []
+    monkeypatch.setattr(_builder, "load_state_dict_from_url", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
+    overlay = {"url": f"file://{tmp_path}/a.pth", "hf_hub_id": None}
+    evil = [
+        {"model_args": {**NARROW, "pretrained_cfg_overlay": overlay, "cache_dir": str(tmp_path / "written")}},
+        {"network": "hf-hub:owner/name"},
+        {"network": "/etc/passwd"},
+    ]
+    for arguments in evil:
+        content = world.content("pretrain")
+        teacher = {"class_path": "unimim.FeatureTarget", "init_args": {"network": f"{VIT}.augreg_in21k", **arguments}}
+        content[places] = {**content["hyper_parameters"], "teacher": teacher, "checkpoint": str(tmp_path / "other.pth")}
+        if places == "hyper_parameters":
+            content[places].pop("checkpoint")
+        torch.save(content, tmp_path / "evil.ckpt")
+        line = said_by(lambda: unimim.MaskedImageModeling.load_from_checkpoint(tmp_path / "evil.ckpt"))
+        assert ("cannot hold pretrained_cfg_overlay" in line or "network is refused" in line) == (places == "hyper_parameters")
+        tuned = world.content("finetune")
+        tuned[places] = {**tuned["hyper_parameters"], "backbone": "hf-hub:owner/name"}
+        torch.save(tuned, tmp_path / "evil.ckpt")
+        line = said_by(lambda: unimim.FineTuning.load_from_checkpoint(tmp_path / "evil.ckpt"))
+        assert ("backbone is refused" in line) == (places == "hyper_parameters")
+    assert not asked
+    assert not (tmp_path / "written").exists()
 
 
 def test_plain_data_has_an_end() -> None:
@@ -552,7 +621,7 @@ def test_what_is_whole_is_read_as_it_was_written(ours: bool, tmp_path: Path) -> 
     """
     path, flipped, draw = tmp_path / "good.pth", tmp_path / "flipped.pth", random.Random(0)
     good = {"a": torch.ones(3, 3), "b": torch.ones(2)}
-    torch.save(with_checksum(good) if ours else good, path)
+    (save if ours else torch.save)(good, path)
     content, expected = path.read_bytes(), torch.load(path, weights_only=True)
     with zipfile.ZipFile(path) as archive:
         start = archive.start_dir
@@ -586,7 +655,7 @@ def test_resume_falls_back_to_a_good_file(tmp_path: Path, capsys: pytest.Capture
     good, newest = tmp_path / "epoch=0-step=1.ckpt", tmp_path / "epoch=0-step=2.ckpt"
     recipe = {"seed_everything": 0, "model": {"lr": 0.1}, "data": {"class_path": "unimim.ImageFolderData"}}
     weights = {"student.norm.weight": torch.randn(7), "head.weight": torch.randn(5, 7)}
-    torch.save(with_checksum({"recipe": recipe, "state_dict": weights, "optimizer_states": [{"step": torch.ones(())}]}), good)
+    save({"recipe": recipe, "state_dict": weights, "optimizer_states": [{"step": torch.ones(())}]}, good)
     expected, taken = torch.load(good, weights_only=True), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -602,7 +671,7 @@ def test_resume_falls_back_to_a_good_file(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "segment", "probe"])
 def test_a_run_does_not_go_on_from_a_damaged_file(task: str, world: World, tmp_path: Path) -> None:
-    """By `--ckpt_path` and by a Trainer in Python."""
+    """By `--ckpt_path`, and by a Trainer in Python that knows nothing of it."""
     entry = next(enter for name, (of, enter) in ENTRIES.items() if of == task and "fit --ckpt_path" in name)
     content = bytearray(world.checkpoints[task].read_bytes())
     with zipfile.ZipFile(world.checkpoints[task]) as archive:
@@ -613,19 +682,42 @@ def test_a_run_does_not_go_on_from_a_damaged_file(task: str, world: World, tmp_p
     with pytest.raises(SystemExit) as end:
         entry(world, tmp_path / "damaged.ckpt")
     assert "damaged.ckpt is damaged (" in str(end.value.code)
+    if task == "finetune":
+        model = unimim.FineTuning(VIT, num_classes=2, model_args=NARROW, warmup_epochs=0)
+        data = unimim.ClassFolderData("classes", image_size=32, batch_size=4, num_workers=0)
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
+        with pytest.raises(ValueError, match="damaged.ckpt is damaged"):
+            trainer.fit(model, data, ckpt_path=tmp_path / "damaged.ckpt")
 
 
 def test_checksums_travel_and_files_without_one_are_read(tmp_path: Path) -> None:
-    weights = {"b": torch.randn(3).bfloat16(), "a": torch.randn(2, 2).t(), "step": torch.tensor(3)}
-    content = with_checksum({"state_dict": weights, "optimizer": [{"moments": (torch.ones(2), None)}]})
-    torch.save(content, tmp_path / "a.ckpt")
-    assert equal(read_file(tmp_path / "a.ckpt")["state_dict"], weights)
-    torch.save({**content, "checksum": content["checksum"] ^ 1}, tmp_path / "b.ckpt")
+    weights = {"b": torch.randn(3).bfloat16(), "a": torch.randn(2, 2).t(), "c": torch.randn(2, dtype=torch.cfloat).conj()}
+    content = {"state_dict": weights, "optimizer": [{"step": torch.tensor(3), "moments": (torch.ones(2), None)}]}
+    save(content, tmp_path / "a.ckpt")
+    read = read_file(tmp_path / "a.ckpt")
+    assert equal(read["state_dict"]["b"], weights["b"])
+    assert torch.equal(read["state_dict"]["c"], weights["c"])
+    torch.save({**content, CHECKSUM: checksum(content) ^ 1}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="b.ckpt is damaged .*delete its entry 'unimim.checksum'"):
+        read_file(tmp_path / "b.ckpt")
+    torch.save({**content, "checksum": "sha256:0"}, tmp_path / "theirs.ckpt")
+    assert read_file(tmp_path / "theirs.ckpt")["checksum"] == "sha256:0"
+    save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors", {"checksum": "abc"})
+    assert read_file(tmp_path / "foreign.safetensors")["x"].sum() == 2
+
+
+def test_crcs_are_written_and_what_the_checksum_leaves_out_is_verified_by_them(tmp_path: Path) -> None:
+    """torch can be told to write no CRCs; a sparse tensor is in no checksum."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        save({"x": torch.eye(3).to_sparse()}, tmp_path / "a.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    content = (tmp_path / "a.ckpt").read_bytes()
+    one = torch.ones(3).numpy().tobytes()  # the values on its diagonal
+    assert content.count(one) == 1
+    (tmp_path / "b.ckpt").write_bytes(content.replace(one, torch.full((3,), 2.0).numpy().tobytes()))
+    assert read_file(tmp_path / "a.ckpt")["x"].to_dense().trace() == 3
     with pytest.raises(ValueError, match="b.ckpt is damaged"):
         read_file(tmp_path / "b.ckpt")
-    save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    assert read_file(tmp_path / "foreign.safetensors")["x"].sum() == 2
-    model = tiny_model()
-    assert model.state_dict().keys()
-    with safe_open(tmp_path / "foreign.safetensors", "pt") as opened:
-        assert opened.metadata() is None

@@ -216,7 +216,9 @@ def test_a_given_precision_is_kept(given: str | None, expected: str, monkeypatch
 
 
 def test_a_step_in_words() -> None:
-    trainer: Any = SimpleNamespace(world_size=8, accumulate_grad_batches=2, precision="bf16-mixed")
+    trainer: Any = SimpleNamespace(
+        world_size=8, accumulate_grad_batches=2, precision="bf16-mixed", callbacks=[], current_epoch=0
+    )
     said = step_in_words(trainer, 128, 1.5e-3)
     assert said == "2048 images a step (8 devices x 128 x 2 accumulated), peak lr 0.0015, precision bf16-mixed"
 

@@ -450,7 +450,6 @@ def test_a_configuration_that_cannot_be_written(photos: Path, monkeypatch: pytes
             ["EarlyStopping", "--trainer.callbacks.monitor=loss"],
             "EarlyStopping waits for 'loss', which nothing logs",
         ),
-        (["ModelCheckpoint", "--trainer.callbacks.filename={epoch}-{train/los:.2f}"], "ModelCheckpoint waits for 'train/los'"),
         (["ModelCheckpoint", "--trainer.callbacks.monitor=val/knn"], "(val/knn needs unimim.KNNCallback in trainer.callbacks)"),
     ],
 )
@@ -463,6 +462,16 @@ def test_a_metric_that_no_one_logs_is_refused_before_the_first_step(
     assert expected in line
     assert "give one of train/loss" in line
     assert not steps
+
+
+def test_a_name_in_a_files_name_that_no_one_logs_is_warned_of(photos: Path) -> None:
+    """Lightning writes 0 for it, which ends no run; rates are what LearningRateMonitor logs."""
+    words = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=ModelCheckpoint"]
+    name = "--trainer.callbacks.filename={epoch}-{train/los:.2f}-{lr-AdamW/pg1:.1e}"
+    with pytest.warns(UserWarning, match="filename of ModelCheckpoint names 'train/los', which nothing logs") as warned:
+        pretrain([*PLAIN, *words, name])
+    assert not any("lr-AdamW" in str(warning.message) for warning in warned)
+    assert list(photos.rglob("epoch=0-train/los=0.00-lr-AdamW/pg1=*.ckpt"))
 
 
 def test_a_metric_of_ones_own_is_not_refused(photos: Path) -> None:

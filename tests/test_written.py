@@ -1,7 +1,7 @@
 """Files of the package: whole or not there, readable by whom the umask says, and without the leavings of dead writers."""
 
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ from torch import nn
 from unimim import AtomicCheckpointIO, FineTuning, export
 from unimim.sweeping import write
 from unimim.target_files import TargetFiles
-from unimim.written import machine, part_of, remove_dead, save_tensors, whole
+from unimim.written import machine, remove_dead, save_tensors, whole
 
 
 def dead_process() -> int:
@@ -70,6 +70,9 @@ def test_parts_of_dead_writers_only_are_removed(tmp_path: Path) -> None:
         f"b.ckpt.elsewhere_1-{dead}.part": (2 * 86_400, True),
         "a.ckpt.part": (0, False),  # as version 0.1.0 named them
         "b.ckpt.part": (2 * 86_400, True),
+        f"00001.safetensors.{'0' * 32}.part": (2 * 86_400, True),
+        "film.mp4.part": (2 * 86_400, False),  # another program's
+        f"film.{dead}.part": (2 * 86_400, False),
     }
     for name, (seconds, _) in names.items():
         (tmp_path / name).touch()
@@ -77,19 +80,24 @@ def test_parts_of_dead_writers_only_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / f"teacher.{machine()}-{dead}.part"
     folder.mkdir()
     (folder / "made_with.json").touch()
+    (tmp_path / "backup.part").mkdir()
+    os.utime(tmp_path / "backup.part", (0, 0))
     remove_dead(tmp_path.glob("*.part"))
+    (tmp_path / "backup.part").rmdir()
     assert {path.name for path in tmp_path.iterdir()} == {name for name, (_, is_dead) in names.items() if not is_dead}
 
 
-def test_a_file_is_written_under_a_name_of_its_process(tmp_path: Path) -> None:
-    """Its machine is the host and, in containers that share a host's name, the space of the process numbers."""
-    with whole(tmp_path / "new" / "a[1].txt") as part:
-        assert part == part_of(tmp_path / "new" / "a[1].txt")
-        assert part.name == f"a[1].txt.{machine()}-{os.getpid()}.part"
-        (part.parent / f"a[1].txt.{machine()}-{dead_process()}.part").touch()
-        part.write_text("1")
-    assert machine().startswith("".join(c if c.isalnum() else "_" for c in socket.gethostname()))
+def test_a_file_is_written_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """Its machine is the one that was started so; two threads of a process have two parts."""
+    with whole(tmp_path / "new" / "a[1].txt") as part, whole(tmp_path / "new" / "a[1].txt") as other:
+        assert part != other
+        for path in (part, other):
+            assert re.fullmatch(rf"a\[1\]\.txt\.\d+\.{machine()}-{os.getpid()}\.part", path.name)
+        part.write_text("0")
+        other.write_text("1")
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    assert machine().startswith(boot.read_text()[:8] if boot.exists() else "")
     with pytest.raises(FileNotFoundError), whole(tmp_path / "new" / "a[1].txt") as part:
         part.write_text(Path("none").read_text())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a[1].txt"]
-    assert (tmp_path / "new" / "a[1].txt").read_text() == "1"
+    assert (tmp_path / "new" / "a[1].txt").read_text() == "0"

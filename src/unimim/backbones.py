@@ -10,7 +10,8 @@ import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
-RESERVED = ("pretrained", "checkpoint_path")
+RESERVED = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of `timm.create_model` by which it fetches weights, and writes them."""
 
 
 def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> Any:

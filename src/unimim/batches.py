@@ -16,11 +16,16 @@ positive, 0.1875 negative. Over two sides 2 * 1.1875 * 0.1875 are negative. The 
 """
 
 
+MOSTLY = 0.75
+"""So many of the pixels may lie within [0, 1] and others far beyond, as with noise; of normalized ones, half lie below 0."""
+
+
 class CheckBatch(pl.Callback):
     """Looks at the first batch of each training, validation, test and prediction: its form, its pixels, its labels.
 
     The task says what form it takes, by its `check_batch(batch)`; a subclass whose batches are of another form overrides that.
-    Pixels are those of the first tensor of four axes. Only for this batch the device is waited for.
+    In a validation or test of one's own (a subclass that has its own step), the form is free. Pixels are those of the first
+    tensor of four axes. Only for this batch the device is waited for.
 
     The tasks bring their own (`configure_callbacks`).
 
@@ -40,19 +45,21 @@ class CheckBatch(pl.Callback):
             return
         self.seen.add((loop, loader))
         task: Any = pl_module
-        if hasattr(task, "check_batch"):
+        step: Any = getattr(type(task), f"{loop}_step", None)
+        of_ones_own = loop in ("validation", "test") and not str(getattr(step, "__module__", "")).startswith("unimim.")
+        if hasattr(task, "check_batch") and not of_ones_own:
             task.check_batch(batch)
         images = next((tensor for tensor in tensors_in(batch) if tensor.ndim == 4), None)
         if images is not None:
             check_pixels(images, trainer.precision_plugin.convert_input(torch.zeros(1)).dtype)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.look(trainer, pl_module, batch, "train")
+        self.look(trainer, pl_module, batch, "training")
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.look(trainer, pl_module, batch, "validate", dataloader_idx)
+        self.look(trainer, pl_module, batch, "validation", dataloader_idx)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -111,7 +118,7 @@ def check_images(images: Tensor, kind: torch.dtype | None = None) -> None:
         else:
             fix = "give the channels red, green and blue alone"
         raise ValueError(f"{given}, but they have to be [b 3 H W]: {fix}")
-    if kind is not None and images.dtype != kind:
+    if kind is not None and torch.promote_types(images.dtype, kind) != kind:  # fewer bits become as many
         cast = {torch.float32: "float()", torch.float64: "double()"}.get(kind, f"to({kind})")
         raise ValueError(f"{given}, but what sees them computes in {kind}: give images.{cast}, or set trainer.precision")
 
@@ -133,6 +140,7 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
     if not images.numel():
         return
     low, high = torch.stack(images.aminmax()).tolist()
+    within = 1.0 if low >= -OVERSHOOT and high <= 1 + OVERSHOOT else float(((images >= 0) & (images <= 1)).float().mean())
     if low != low:  # of a NaN anywhere both are NaN
         bad = images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(
@@ -140,6 +148,9 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
         )
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         bytes_like = low >= 0 and high > 10
+        if within > MOSTLY and not bytes_like:
+            rank_zero_warn(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, though most within [0, 1]")
+            return
         fix = "divide them by 255" if bytes_like else "leave out Normalize, each network normalizes for itself"
         raise ValueError(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, but have to lie in [0, 1]: {fix}")
     if 0 < high < 1.5 / 255:
@@ -183,7 +194,7 @@ def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = No
         return
     if axes == 1 and labels.is_floating_point() and labels.shape == (len(images), classes):
         return
-    if labels.dtype != torch.long or labels.ndim != axes or len(labels) != len(images):
+    if labels.dtype not in (torch.long, torch.uint8) or labels.ndim != axes or len(labels) != len(images):
         raise ValueError(
             f"the labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images, but have to be "
             f"torch.int64 [{'b' if axes == 1 else 'b H W'}]: make them so, as by labels.long()"

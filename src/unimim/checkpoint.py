@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from unimim.backbones import create_backbone
-from unimim.files import CHECKSUM, chosen_in, description, header_checksum, read_file, with_checksum
+from unimim.files import CHECKSUM, chosen_in, description, header_checksum, read_file, save
 from unimim.fitting import LoadReport, filled
 from unimim.interfaces import RGB, Student
+from unimim.layouts import of_script
+from unimim.printing import printable
 from unimim.written import naming, save_tensors, whole
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
@@ -97,12 +98,26 @@ def load_backbone(
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights or names no backbone; a key is missing, unexpected or of another shape.
     """
-    given = {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
     if backbone is None and is_name(source):
         published = create_backbone(str(source), {}, pretrained=True)
-        described = {"name": str(source), "model_args": {}, **given}
+        described = {"name": str(source), "model_args": {}, "mean": mean, "std": std}
         return filled(published.state_dict(), described, source, strict, model_args)
-    state_dict, described, entry = opened(read_file(source), source, backbone, checkpoint_key)
+    return from_content(read_file(source), source, backbone, strict, checkpoint_key, mean, std, **model_args)
+
+
+def from_content(
+    content: Any,
+    source: str | Path,
+    backbone: str | None = None,
+    strict: bool = True,
+    checkpoint_key: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    **model_args: Any,
+) -> Any:
+    """As `load_backbone`, of the content of a file."""
+    state_dict, described, entry = opened(content, source, backbone, checkpoint_key)
+    given = {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
     return filled(state_dict, described | given, source, strict, model_args, entry)
 
 
@@ -134,26 +149,34 @@ def opened(
     if backbone is None:
         raise ValueError(f"{source} does not say which backbone it holds: give backbone, a timm name")
     state_dict, entry = chosen_in(content, source, checkpoint_key)
-    return state_dict, {"name": backbone}, entry
+    return state_dict, {"name": backbone, "script": of_script(content)}, entry
 
 
-def export(checkpoint: str | Path, destination: str | Path, format: Literal["timm", "safetensors"] = "timm") -> Path:
-    """Writes the backbone in a checkpoint of ours for `timm.create_model(..., checkpoint_path=destination)`.
+def export(
+    checkpoint: str | Path,
+    destination: str | Path,
+    format: Literal["timm", "safetensors"] = "timm",
+    backbone: str | None = None,
+    **options: Any,
+) -> Path:
+    """Writes the backbone in a file that `load_backbone` reads for `timm.create_model(..., checkpoint_path=destination)`.
 
     A checkpoint of pretraining gives the encoder, one of fine-tuning the classifier. Beside it, in `destination`.md, is a
     card: how to load it, the recipe, the data and the metrics as far as the checkpoint knows them, and what was left out.
 
     Args:
-        checkpoint: of pretraining or fine-tuning.
+        checkpoint: of pretraining or fine-tuning, or a published file.
         destination: the file to write, `.pth` (or `.pt`), or `.safetensors`.
         format: "timm", a file of `torch.save`, or "safetensors".
+        backbone: the timm name of what a file holds, where it does not say it.
+        options: further ones of `load_backbone`.
 
     Returns:
         The file that was written.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no checkpoint of ours; the destination exists, or its ending is not the format's.
+        ValueError: as `load_backbone`; the destination exists, or its ending is not the format's.
         OSError: the disk is full, or cannot be written.
     """
     destination, card = Path(destination), Path(f"{destination}.md")
@@ -165,17 +188,14 @@ def export(checkpoint: str | Path, destination: str | Path, format: Literal["tim
     if taken := [path for path in (destination, card) if path.exists()]:
         raise ValueError(f"{taken[0]} exists and is not overwritten: remove it, or export to another name")
     content = read_file(checkpoint)
-    if not description(content):
-        raise ValueError(f"{checkpoint} is no checkpoint of unimim: it does not say which backbone it holds")
-    state_dict, described, _ = opened(content, checkpoint)
-    backbone = filled(state_dict, described, checkpoint, True, {})
-    report: LoadReport = backbone.load_report
-    weights = {key: value.contiguous() for key, value in backbone.state_dict().items()}
+    network = from_content(content, checkpoint, backbone, **options)
+    report: LoadReport = network.load_report
+    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
     described = json.dumps(report.backbone)
     with naming(destination, "make room, or give another --output"):
         with whole(destination) as part:
             if format == "timm":
-                torch.save(with_checksum({"state_dict": weights, "backbone": report.backbone}), part)
+                save({"state_dict": weights, "backbone": report.backbone}, part)
             else:
                 metadata = {"format": "pt", "backbone": described, CHECKSUM: header_checksum(weights, described)}
                 save_tensors(weights, part, metadata)
@@ -213,7 +233,7 @@ model = timm.create_model({name!r}, checkpoint_path={destination.name!r}{call})
 Pixels in [0, 1] are normalized by {", ".join(statistics)}.
 """
     for title, entries in sections.items():
-        lines = [f"- {key}: {brief(value)}" for key, value in entries.items()] or [
+        lines = [f"- {printable(key)}: {brief(value)}" for key, value in entries.items()] or [
             "Nothing." if title == "Left out" else "Not in the checkpoint."
         ]
         text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
@@ -223,6 +243,6 @@ Pixels in [0, 1] are normalized by {", ".join(statistics)}.
 def brief(value: Any) -> str:
     """A class of a saved configuration as a call; anything else as it is."""
     if not isinstance(value, dict) or "class_path" not in value:
-        return str(value)
-    arguments = ", ".join(f"{key}={brief(item)}" for key, item in value.get("init_args", {}).items())
-    return f"{value['class_path']}({arguments})"
+        return printable(value)
+    arguments = ", ".join(f"{key}={brief(item)}" for key, item in (value.get("init_args") or {}).items())
+    return printable(f"{value['class_path']}({arguments})")

@@ -41,9 +41,9 @@ from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.faults import INTERRUPTED, StopOnSignal
-from unimim.files import check_checkpoint, check_plain, description, is_in_shards, load_strictly, read_file
+from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
-from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.interfaces import RGB, Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.monitoring import CheckMonitors, why_unsaved
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
@@ -130,6 +130,11 @@ def knn_accuracy(
     temperature: float = 0.07,
     feature: Feature = "mean",
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu",
+    backbone: str | None = None,
+    checkpoint_key: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    model_args: dict[str, Any] | None = None,
 ) -> float:
     """Top-1 accuracy of the k nearest neighbours among the training images, for the validation images.
 
@@ -140,6 +145,8 @@ def knn_accuracy(
         temperature: of their votes.
         feature: the mean of the patch tokens, or the CLS token.
         device: where the backbone runs.
+        backbone: the timm name of what a file holds, where it does not say it.
+        checkpoint_key, mean, std, model_args: likewise, as in `load_backbone`.
 
     Raises:
         ValueError: there is no such device here; and as `load_backbone`.
@@ -148,26 +155,41 @@ def knn_accuracy(
         raise ValueError(f"device is {device}, but torch finds none here: give --device cpu")
     data.prepare_data()
     data.setup("validate")
-    backbone = load_backbone(checkpoint).to(device)
+    check_plain(model_args, "model_args")
+    encoder = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **(model_args or {})).to(device)
     splits: Any = data
     (bank, bank_labels), (features, labels) = (
-        extract_features(backbone, splits.labelled_dataloader(split), feature) for split in ("train", "val")
+        extract_features(encoder, splits.labelled_dataloader(split), feature) for split in ("train", "val")
     )
     reached = accuracy(nearest_neighbours(features, bank, bank_labels, k, temperature), labels)
     print(f"k-NN: {reached:.4f} of {len(labels)} images, k {k}, {len(bank)} in the bank")
     return reached
 
 
-def export_checkpoint(checkpoint: str, output: str | None = None, to: Literal["timm", "safetensors"] = "timm") -> Path:
+def export_checkpoint(
+    checkpoint: str,
+    output: str | None = None,
+    to: Literal["timm", "safetensors"] = "timm",
+    backbone: str | None = None,
+    checkpoint_key: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Path:
     """Writes the backbone in a checkpoint as a file that timm loads strictly, and a model card beside it.
 
     Args:
         checkpoint: of pretraining or fine-tuning.
         output: the file to write, which must not exist; beside the checkpoint, if not given.
         to: timm (a file of torch.save) or safetensors.
+        backbone: the timm name of what a file holds, where it does not say it.
+        checkpoint_key, mean, std, model_args: likewise, as in `load_backbone`.
     """
+    check_plain(model_args, "model_args")
     ending = ".pth" if to == "timm" else ".safetensors"
-    written = export_backbone(checkpoint, output or Path(checkpoint).with_suffix(ending), to)
+    destination = output or Path(checkpoint).with_suffix(ending)
+    given: dict[str, Any] = {"checkpoint_key": checkpoint_key, "mean": mean, "std": std, **(model_args or {})}
+    written = export_backbone(checkpoint, destination, to, backbone, **given)
     print(f"{written}, and {written}.md")
     return written
 
@@ -331,14 +353,11 @@ class TaskCLI(LightningCLI):
             sys.exit(f"unimim: error: --resume auto {reason}")
         if checkpoint not in (None, "hpc") and is_in_shards(checkpoint):
             check_shards(checkpoint, config.trainer.strategy)
-            check_checkpoint(checkpoint)
         elif checkpoint not in (None, "hpc") and not zipfile.is_zipfile(checkpoint):
             found = "is truncated, or no checkpoint" if Path(checkpoint).is_file() else "does not exist"
             if checkpoint in ("last", "best"):  # Lightning would look in this run's own folder, find none, and start anew
                 found = "names no file: give its path, such as outputs/pretrain/version_0/checkpoints/NAME.ckpt"
             sys.exit(f"unimim: error: ckpt_path: {checkpoint} {found}")
-        elif checkpoint not in (None, "hpc") and reads_shards(config.trainer.strategy):
-            check_checkpoint(checkpoint)  # such a strategy reads a file by itself, others by AtomicCheckpointIO
         for key, value in model_arguments(config.model, "model"):
             check_plain(value, key)
 
@@ -604,7 +623,8 @@ class WholeModelCLI(TaskCLI, ABC):
             return
         if self.config.subcommand == "fit" and is_in_shards(config.ckpt_path):  # what is given says which model it is
             return
-        content = read_file(config.ckpt_path)
+        content = read_pickle(Path(config.ckpt_path), mmap=True)
+        check_description(content, config.ckpt_path)
         described = description(content)
         if described is None or not self.holds(content):
             sys.exit(

@@ -58,7 +58,7 @@ class SkipNonFinite(pl.Callback):
     def reset(self, device: torch.device) -> None:
         """Nothing skipped so far."""
         self.bad, self.skipped, self.skipped_step, self.skipped_norm, self.norm = torch.zeros(5, device=device)
-        self.before: list[tuple[list[Tensor], Tensor]] | None = None
+        self.before: list[Tensor] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reset(pl_module.device)
@@ -66,7 +66,7 @@ class SkipNonFinite(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps what a forward pass may move, before the first batch of an update."""
         if self.before is None:
-            self.before = [(alike, flattened(alike)) for alike in by_kind(saved_buffers(pl_module))]
+            self.before = [flattened(alike) for alike in by_kind(saved_buffers(pl_module))]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).float())
@@ -91,8 +91,9 @@ class SkipNonFinite(pl.Callback):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:
             optimizer.zero_grad()  # what has no gradient is not updated
-        for buffers, before in self.before or []:
-            put_back(buffers, torch.where(bad, before, flattened(buffers)))
+        if self.before is not None:  # the buffers of now, for a forward pass may have put others in their place
+            for buffers, before in zip(by_kind(saved_buffers(pl_module)), self.before, strict=True):
+                put_back(buffers, torch.where(bad, before, flattened(buffers)))
         self.before = None
         self.bad = torch.zeros_like(self.bad)
         if may_wait(trainer):
@@ -150,7 +151,7 @@ def sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def saved_buffers(module: nn.Module) -> list[Tensor]:
-    """Those in the state dict. What is left out of it, as a table of positions, is computed and does not move."""
+    """Those in the state dict, in its order. What is left out of it, as a table of positions, is computed and does not move."""
     return [
         buffer
         for part in module.modules()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 ENCODERS = ("student.backbone.", "backbone.")
 """Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
 ENTRIES = ("state_dict", "model", "module", "teacher", "student", "model_ema", "state_dict_ema")
-"""Where training scripts keep a state dict. Official evaluations of DINO and iBOT take the teacher, those of others the model."""
-CHECKSUM = "checksum"
+"""Where training scripts keep a state dict. DINO's and iBOT's own evaluations take the teacher, those of others the model."""
+CHECKSUM = "unimim.checksum"
 """The key under which checkpoints and exports keep the `checksum` of their tensors."""
 FOLDER = 0x10
 """A bit in the zip's directory: torch reads zeros for an entry that has it, and no other checksum covers it."""
@@ -74,12 +74,6 @@ def read_file(path: str | Path) -> Any:
             backbone what no file may say.
     """
     path = Path(path)
-    if is_in_shards(path):
-        check_shards(path)
-        raise ValueError(
-            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
-            f"{path} --output_file FILE"
-        )
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, inert=True)
     check_description(content, path)
     return content
@@ -106,7 +100,7 @@ def read_safetensors(path: Path) -> Any:
     return weights if described is None else {"state_dict": weights, "backbone": described}
 
 
-def read_pickle(path: Path, mmap: bool = False, verify: bool = True, inert: bool = False) -> Any:
+def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_location: Any = "cpu", inert: bool = False) -> Any:
     """Reads a file of `torch.save`, and verifies it.
 
     Of a zip, torch's format since 1.6, the CRC of every entry is verified, and the tensors by the checksum that our own
@@ -115,6 +109,7 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, inert: bool
     Args:
         mmap: leaves the tensors of a zip on the disk until they are used.
         verify: False leaves the verification to a later call, where only some of many files will be used.
+        map_location: where the tensors go, as in torch.load.
         inert: whether the pickle may hold other objects, as official scripts save them; each becomes an `Inert`.
 
     Raises:
@@ -125,21 +120,21 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, inert: bool
         with torch.serialization.safe_globals([argparse.Namespace]):
             zipped = zipfile.is_zipfile(path)
             if not zipped or not verify:
-                return unpickled(path, mmap and zipped, inert)
+                return unpickled(path, mmap and zipped, map_location, inert)
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-                if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                if inert and any(entry.filename.endswith("constants.pkl") for entry in entries):
                     check_entries(archive, entries)
                     return read_torchscript(archive)
                 check_directory(entries)
                 storages = [entry for entry in entries if "/data/" in entry.filename]
                 check_entries(archive, [entry for entry in entries if entry not in storages])
                 check_entries(archive, storages, read=False)
-                content = unpickled(path, mmap, inert)
-                if not isinstance(content, dict) or CHECKSUM not in content:
-                    check_entries(archive, storages)
-                elif content[CHECKSUM] != checksum(content):
+                content = unpickled(path, mmap, map_location, inert)
+                if is_changed(content):
                     raise zipfile.BadZipFile(CHANGED)
+                if not isinstance(content, dict) or CHECKSUM not in content or not is_covered(content):
+                    check_entries(archive, storages)
                 return content
     except zipfile.BadZipFile as error:
         raise ValueError(damaged(path, error)) from error
@@ -154,18 +149,21 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, inert: bool
         raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
 
 
-def unpickled(path: Path, mmap: bool, inert: bool) -> Any:
+def unpickled(path: Path, mmap: bool, map_location: Any, inert: bool) -> Any:
     """Returns the content of a file of `torch.save`: by torch's restricted unpickler, else by `InertUnpickler`.
 
     Raises:
         UnpicklingError: it holds other objects, and may not; what it holds is no dict.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as refused:
         if not inert:
             raise
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert_pickle, mmap=mmap)
+        try:
+            content = torch.load(path, map_location=map_location, weights_only=False, pickle_module=inert_pickle, mmap=mmap)
+        except Exception as error:  # an object for which `Inert` cannot stand
+            raise refused from error
         if type(content) not in (dict, OrderedDict):
             raise
         return content
@@ -175,8 +173,14 @@ def check_start(path: Path) -> None:
     """
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, or begins as no file of weights does.
+        ValueError: it is a folder of shards, the file is empty, or begins as no file of weights does.
     """
+    if is_in_shards(path):
+        check_shards(path)
+        raise ValueError(
+            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
+            f"{path} --output_file FILE"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to read weights from")
     with path.open("rb") as file:
@@ -210,7 +214,7 @@ def check_entries(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], read
                 pass
 
 
-def damaged(path: Path, why: object) -> str:
+def damaged(path: str | Path, why: object) -> str:
     """One line for a file whose bytes changed after it was written."""
     return f"{path} is damaged ({why}): copy or download it again, or take an earlier checkpoint"
 
@@ -224,9 +228,19 @@ def checksum(content: Any) -> int:
     return total
 
 
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a file with the checksum of its tensors, as `read_pickle` expects it."""
-    return {**content, CHECKSUM: checksum(content)}
+def is_changed(content: Any) -> bool:
+    """Returns whether a content has a checksum that is not the one of its tensors."""
+    return isinstance(content, dict) and CHECKSUM in content and content[CHECKSUM] != checksum(content)
+
+
+def save(content: dict[str, Any], file: Any) -> None:
+    """Writes a file of torch.save that `read_pickle` can verify, with the CRCs of its entries and a checksum of its tensors."""
+    as_set = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save({**content, CHECKSUM: checksum(content)}, file)
+    finally:
+        torch.serialization.set_crc32_options(as_set)
 
 
 def header_checksum(weights: dict[str, Tensor], described: str) -> str:
@@ -235,18 +249,33 @@ def header_checksum(weights: dict[str, Tensor], described: str) -> str:
 
 
 def tensors_in(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields the plain tensors in nested dicts, lists and tuples with their names; not sparse, quantized or meta tensors."""
-    if type(content) in (Tensor, nn.Parameter):
-        if content.layout is torch.strided and not content.is_quantized and not content.is_meta:
+    """Yields the tensors in nested dicts, lists and tuples with their names, but for those that `has_bytes` leaves out."""
+    if isinstance(content, Tensor):
+        if has_bytes(content):
             yield name, content
     elif isinstance(content, (dict, list, tuple)):
         for key, part in content.items() if isinstance(content, dict) else enumerate(content):
             yield from tensors_in(part, f"{name}.{key}")
 
 
+def has_bytes(tensor: Tensor) -> bool:
+    """Returns whether a tensor's content is its own plain bytes: it is not sparse, quantized, on meta, or of a subclass."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_quantized and not tensor.is_meta
+
+
+def is_covered(content: Any) -> bool:
+    """Returns whether `checksum` counts every tensor in the content."""
+    if isinstance(content, Tensor):
+        return has_bytes(content)
+    if isinstance(content, (dict, list, tuple)):
+        return all(map(is_covered, content.values() if isinstance(content, dict) else content))
+    return content is None or isinstance(content, (bool, int, float, str, bytes, torch.dtype, torch.device))
+
+
 def content_of(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor on the CPU; those of a contiguous one are not copied."""
-    return tensor.detach().flatten().view(torch.uint8).numpy().data
+    return tensor.detach().resolve_conj().resolve_neg().flatten().view(torch.uint8).numpy().data
 
 
 # Plain data
@@ -371,7 +400,7 @@ def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[d
         content = content[entry]
         taken.append(entry)
     while isinstance(content, dict) and not is_state_dict(content):
-        entries = [name for name in ENTRIES if isinstance(content.get(name), dict) and content[name]]
+        entries = [name for name in ENTRIES if isinstance(content.get(name), dict)]
         if not entries:
             break
         content = content[entries[0]]
@@ -411,7 +440,7 @@ def misfits(module: nn.Module, state_dict: dict[str, Tensor], strict: bool = Tru
         of_another_shape=[
             f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
             for key in expected
-            if key in state_dict and state_dict[key].shape != expected[key].shape
+            if key in state_dict and getattr(state_dict[key], "shape", None) != getattr(expected[key], "shape", None)
         ],
         missing=[key for key in expected if strict and key not in state_dict],
         unexpected=[key for key in state_dict if strict and key not in expected],
@@ -440,6 +469,10 @@ class Inert(dict[Any, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        """Stands for what a call would give."""
+        return Inert()
+
     def append(self, value: Any) -> None:
         """Takes what a list or a set takes."""
 
@@ -454,7 +487,7 @@ class InertUnpickler(pickle.Unpickler):
     """
 
     plain: ClassVar[dict[str, tuple[str, ...]]] = {
-        "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"),
+        "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
         "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
         "collections": ("OrderedDict",),
         "argparse": ("Namespace",),

@@ -18,6 +18,7 @@ from unimim.backbones import check_image_size, check_timm_model, checkpoint_acti
 from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
+from unimim.interfaces import RGB
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
@@ -39,6 +40,7 @@ class FineTuning(Task):
         backbone: a timm name, or a timm model with a classifier, such as
             `load_backbone(path, num_classes=10, global_pool="avg")`. Pixels are normalized by its `pretrained_cfg`.
         checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
+        checkpoint_key, mean, std: as in `load_backbone`, what the file does not say.
         num_classes: of a named backbone's classifier.
         model_args: further arguments of a named backbone, such as `drop_path_rate`.
         lr: peak learning rate of the head, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-4 at 1024).
@@ -91,6 +93,9 @@ class FineTuning(Task):
         head_init_scale: float = 1.0,
         checkpointing: bool = False,
         max_skipped_updates: int = 0,
+        checkpoint_key: str | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -121,7 +126,7 @@ class FineTuning(Task):
             if checkpoint is None:
                 self.backbone = create_backbone(backbone, given)
             else:
-                self.backbone = load_backbone(checkpoint, backbone=backbone, **given)
+                self.backbone = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **given)
                 given = self.backbone.load_report.backbone["model_args"]  # with those it was pretrained with
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
@@ -256,7 +261,7 @@ class FineTuning(Task):
         Raises:
             ValueError: it is not (images, labels), or the labels are of no class.
         """
-        check_labelled(batch, int(self.backbone.num_classes), axes=1, predicting=self.trainer.predicting)
+        check_labelled(batch, int(self.backbone.num_classes), axes=1, ignored=-100, predicting=self.trainer.predicting)
 
     def setup(self, stage: str) -> None:
         """Takes the names of the classes from the data, and the learning rate that fits the batch.
@@ -264,6 +269,7 @@ class FineTuning(Task):
         Raises:
             ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or data is None:
@@ -289,8 +295,9 @@ class FineTuning(Task):
         trainer: Any = self.trainer
         loader = trainer.train_dataloader
         if batch := getattr(loader, "batch_size", None):
-            if isinstance(loader, DataLoader) and not loader.drop_last and not isinstance(loader.dataset, IterableDataset):
-                self.check_even(len(loader.sampler) % batch)  # type: ignore[arg-type]
+            counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+            if counted and not loader.drop_last and trainer.num_training_batches == len(loader):
+                self.check_even(len(loader.sampler) % batch)
             rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
 
     def on_train_start(self) -> None:

@@ -17,6 +17,7 @@ from unimim.backbones import create_backbone
 from unimim.files import listed
 from unimim.interfaces import Grid
 from unimim.layouts import Renamed, renamed
+from unimim.printing import printable
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 EARLY_SWIN = "layers.0.downsample.norm.weight"
@@ -25,7 +26,8 @@ NEEDLESS = {
     r"mask_token|masked_embed": "stands for hidden patches, in pretraining only",
     r"(lm_head|decoder\w*)(\..*)?": "the head of pretraining",
     r"cls_pt_\w+\..*": "BEiT v2's blocks for its CLS token, in pretraining only",
-    r"teacher\..*": "the teacher",
+    r"(teacher|feature_model)\..*": "the teacher",
+    r"(distill|dino|ibot)_head\..*": "the head of pretraining",
     r"(normalization|masking|loss)\..*": "another part of the training",
     r"mean|std": "pixel statistics, which pretrained_cfg has",
     r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask)": "computed, not learned",
@@ -85,10 +87,14 @@ class LoadReport:
         counts = ", ".join(f"{len(notes)} {kind}" for kind, notes in kinds.items())
         mean, std = (", ".join(f"{number:.4g}" for number in self.backbone[key]) for key in ("mean", "std"))
         found = ", ".join(filter(None, (self.entry, self.layout and f"in the layout of {self.layout}")))
-        lines = [f"pixels are normalized by mean {mean}, std {std} ({self.statistics})"]
+        file = f"{self.source}{f' ({found})' if found else ''}"
+        pixels = f"it normalizes pixels by mean {mean}, std {std} ({self.statistics})"
+        lines = [f"{file} -> {self.backbone['name']}: {counts}; {pixels}"]
         if self.statistics.startswith("timm"):
-            lines = [f"{lines[0]}: {self.source} does not say its own; if it was trained with others, give mean and std"]
-        lines += [f"{self.source}{f' ({found})' if found else ''} -> {self.backbone['name']}: {counts}"]
+            lines = [
+                f"{self.source} does not say how pixels are normalized: give mean and std if they are others",
+                *lines,
+            ]
         lines += [f"  {kind}: {keys}: {note}" for kind in kinds for note, keys in self.grouped(kind).items() if note]
         return "\n".join(lines)
 
@@ -120,7 +126,7 @@ def filled(
         given["global_pool"] = "avg" if pooled else "" if not given["num_classes"] else "token" if tokens else "avg"
     backbone = create_backbone(described["name"], given)
     backbone.load_report = fit(backbone, state_dict, described, given, source, strict, entry)
-    rank_zero_info(str(backbone.load_report))
+    rank_zero_info("\n".join(map(printable, str(backbone.load_report).split("\n"))))
     return backbone
 
 
@@ -148,24 +154,20 @@ def fit(
     expected = backbone.state_dict()
     translated = renamed(state_dict, expected)
     layout = translated.layout
-    of_layout = dict(zip(("mean", "std"), layout.statistics, strict=True)) if layout and layout.statistics else {}
-    known = {key: described[key] for key in ("mean", "std") if described.get(key)}
-    statistics = {key: tuple((of_layout | known).get(key, backbone.pretrained_cfg[key])) for key in ("mean", "std")}
+    sources = {
+        "the file's, or given": (described.get("mean"), described.get("std")),
+        f"{layout.name}'s" if layout else "": (layout.statistics if layout else None) or (None, None),
+        "those of the training script": described.get("script") or (None, None),
+        "timm's for the name": (backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]),
+    }
+    chosen = [next((whose, both[at]) for whose, both in sources.items() if both[at] is not None) for at in (0, 1)]
+    statistics = {key: tuple(value) for key, (_, value) in zip(("mean", "std"), chosen, strict=True)}
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
     prefix = common_prefix(translated.weights, expected)
     weights, by_name = account(translated.weights, prefix, backbone, described)
     kinds = of_the_file(by_name, translated, prefix)
     built = {"name": described["name"], "model_args": model_args, **{key: list(value) for key, value in statistics.items()}}
-    said = (
-        "timm's for the name"
-        if len(of_layout | known) < 2
-        else "the file's"
-        if len(known) == 2
-        else f"{layout.name}'s"
-        if layout
-        else ""
-    )
-    report = LoadReport(str(source), prefix, built, entry, layout.name if layout else "", said, **kinds)
+    report = LoadReport(str(source), prefix, built, entry, layout.name if layout else "", chosen[0][0], **kinds)
     if report.problems and strict:
         raise ValueError(f"{source} does not fit {described['name']}, nothing was loaded: {report.problems}")
     if report.problems:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.data.constants import (
@@ -195,6 +196,18 @@ LAYOUTS = (
     Layout("BEiT's pretraining", r"(?:.+\.)?rel_pos_bias\.relative_position_bias_table", statistics=IMAGENET),
     Layout("SimMIM", r"(?:.+\.)?decoder\.0\.weight", statistics=IMAGENET),
 )
+
+
+def of_script(content: Any) -> Statistics | None:
+    """Returns the mean and std of a training script that keeps its arguments beside the weights; None of other files.
+
+    The scripts of DeiT, MAE, MILAN, dBOT, DINO, iBOT and SimMIM know ImageNet's alone; those of BEiT, BEiT v2 and data2vec have
+    an argument for it, and else 0.5 (microsoft/unilm@768a3c8, beit/run_class_finetuning.py).
+    """
+    arguments = [content[key] for key in ("args", "config") if key in content] if isinstance(content, dict) else []
+    if not arguments:
+        return None
+    return IMAGENET if getattr(arguments[0], "imagenet_default_mean_and_std", True) else HALF
 
 
 @dataclass

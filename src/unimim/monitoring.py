@@ -4,10 +4,12 @@ import re
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_warn
 
 COUNTED = ("epoch", "step")
 """What a ModelCheckpoint knows beside the metrics."""
+FILENAME = "filename of ModelCheckpoint"
 KNOWN = ("unimim", "pytorch_lightning")
 """Packages whose parts log only what is said of them."""
 
@@ -15,9 +17,10 @@ KNOWN = ("unimim", "pytorch_lightning")
 class CheckMonitors(pl.Callback):
     """Ends a run before its first step where a part of it waits for a metric that no one will log.
 
-    Such parts are `ModelCheckpoint` (also by a name in its `filename`), `EarlyStopping`, and a schedule of the learning rate
-    that monitors a metric. What will be logged is what the task and the callbacks declare (`metrics`). With a module or a
-    callback of one's own, which may log more, nothing is refused here: Lightning says it where the metric is first needed.
+    Such parts are `ModelCheckpoint`, `EarlyStopping`, and a schedule of the learning rate that monitors a metric; of a name in
+    the `filename` of a ModelCheckpoint it warns. What will be logged is what the task and the callbacks declare (`metrics`).
+    With a module or a callback of one's own, which may log more, nothing is refused here: Lightning says it where the metric is
+    first needed.
 
     Raises:
         ValueError: when training starts, as said.
@@ -32,7 +35,11 @@ class CheckMonitors(pl.Callback):
         if not trainer.enable_validation:
             logged = [name for name in logged if name not in validated]
         for part, name in waiting(trainer):
-            if name in logged or (name in COUNTED and part == "ModelCheckpoint"):
+            of_rates = name.startswith("lr-") and any(isinstance(callback, LearningRateMonitor) for callback in callbacks)
+            if name in logged or of_rates or (name in COUNTED and part != "EarlyStopping"):
+                continue
+            if part == FILENAME:
+                rank_zero_warn(f"{part} names {name!r}, which nothing logs in this run: files are named as if it were 0")
                 continue
             why = "which validation logs, and this run has none" if name in validated else "which nothing logs in this run"
             knn = "" if "val/knn" in logged or name != "val/knn" else " (val/knn needs unimim.KNNCallback in trainer.callbacks)"
@@ -51,8 +58,7 @@ def waiting(trainer: pl.Trainer) -> list[tuple[str, str]]:
         if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor:
             found.append((type(callback).__name__, callback.monitor))
         if isinstance(callback, ModelCheckpoint):
-            names = re.findall(r"\{(.*?)[:\}]", callback.filename or "")
-            found += [("ModelCheckpoint", name) for name in names]
+            found += [(FILENAME, name) for name in re.findall(r"\{(.*?)[:\}]", callback.filename or "")]
     schedules = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau and config.monitor]
     return [*found, *((type(config.scheduler).__name__, str(config.monitor)) for config in schedules)]
 

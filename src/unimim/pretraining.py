@@ -21,6 +21,7 @@ from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
 from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
+from unimim.printing import printable
 from unimim.processor import sparing
 from unimim.randomness import exact_resume
 from unimim.selection import LastBlock, counted, inverse, only, pick
@@ -312,6 +313,7 @@ class MaskedImageModeling(Task):
         Raises:
             ValueError: as `check_processes`.
         """
+        super().setup(stage)
         check_processes(self.trainer)
         strategy = self.trainer.strategy
         on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
@@ -503,4 +505,4 @@ def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -
 @rank_zero_only
 def print_once(text: str) -> None:
     """Prints on the first process only."""
-    print(text, flush=True)
+    print("\n".join(map(printable, text.split("\n"))), flush=True)

@@ -441,12 +441,16 @@ def digest_of_names(dataset: Any) -> str | None:
     The folder itself may be another one, such as a copy on a node's own disk.
     """
     files = getattr(dataset.dataset if isinstance(dataset, SeededSamples) else dataset, "files", None)
-    if not files or not isinstance(files, list):
+    if not files or not isinstance(files, list) or not all(isinstance(file, (str, os.PathLike)) for file in files):
         return None
     names = [os.fspath(file) for file in files]
+    if len({os.path.isabs(name) for name in names}) > 1:  # noqa: PTH117 (of a million names, paths would take seconds)
+        return None
     shared = len(os.path.commonpath([os.path.dirname(name) for name in (min(names), max(names))]))  # noqa: PTH120
-    text = "\n".join(name[shared:].lstrip(os.sep) for name in names)
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(name[shared:].lstrip(os.sep).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
 
 
 def images_a_step(run: dict[str, int]) -> int:

@@ -21,8 +21,8 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
-from unimim.files import check_checkpoint, read_pickle, with_checksum
-from unimim.written import whole
+from unimim.files import check_checkpoint, read_pickle, save
+from unimim.written import remove_dead, whole
 
 LOGGED = ("config.yaml", "metrics.csv", "events.out.tfevents.*", "checkpoints/*.ckpt")
 """What tells that a run has written into a folder of its loggers."""
@@ -49,8 +49,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         destination = Path(name)
         try:
+            remove_dead(destination.parent.glob(f"{glob.escape(destination.name)}.*part"))  # which makes room
             with whole(destination) as part, part.open("wb") as file:
-                torch.save(with_checksum(checkpoint), file)
+                save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             if os.name == "posix":  # the new name is on the disk with its folder, which Windows cannot open
@@ -67,16 +68,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {destination} could not be written: {refused.strerror}; make room, or set another folder "
                 f"(trainer.default_root_dir, or save_dir of trainer.logger); the checkpoints before it are kept"
             ) from error
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Verifies a checkpoint, and reads it as data. (`weights_only` False unpickles whatever the file holds, unverified.)
-
-        Raises:
-            FileNotFoundError, ValueError: as `files.check_checkpoint`.
-        """
-        if weights_only is not False and isinstance(url_to_fs(str(path))[0], LocalFileSystem):
-            check_checkpoint(path)
-        return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

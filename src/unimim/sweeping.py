@@ -96,8 +96,7 @@ def run_sweep(args: list[str]) -> dict[str, Any]:
     print(f"{options.file}: {len(trials)} trials, {kept} of them finished before", flush=True)
     for trial in trials:
         if file_of(trial, folder).is_file():
-            finished = json.loads(file_of(trial, folder).read_text())
-            trial.metrics, trial.seconds = finished["metrics"], finished["seconds"]
+            trial.metrics, trial.seconds = finished_before(file_of(trial, folder))
     for number, trial in enumerate(trials, 1):
         if trial.metrics is None:
             print(f"\ntrial {number} of {len(trials)}: {told(trial.point)}", flush=True)
@@ -356,6 +355,19 @@ def shown(value: Any) -> str:
 def file_of(trial: Trial, folder: Path) -> Path:
     """Where a finished trial is kept."""
     return folder / "trials" / f"{trial.key}.json"
+
+
+def finished_before(path: Path) -> tuple[dict[str, float], float | None]:
+    """The metrics and seconds of a trial that was finished.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {str(name): float(value) for name, value in content["metrics"].items()}, content["seconds"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the same command runs this trial again") from error
 
 
 def number_finished(trials: list[Trial], folder: Path) -> int:

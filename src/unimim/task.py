@@ -1,25 +1,42 @@
 """The base of the tasks: what a checkpoint says is data, checked before anything is made of it."""
 
 import functools
-import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning_fabric.utilities.cloud_io import _load
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.core.saving import _default_map_location, _load_state
 from torch import nn
 
 import unimim
-from unimim.files import check_description, check_plain, read_pickle, refusal
+from unimim.files import (
+    CHANGED,
+    check_checkpoint,
+    check_description,
+    check_plain,
+    damaged,
+    is_changed,
+    is_in_shards,
+    read_pickle,
+    refusal,
+)
 
 NETWORKS = ("backbone", "network")
 """Arguments that name a network of timm."""
+SAVED = ("best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
+"""What the state of a ModelCheckpoint says of the files that it saved, of which it removes the older ones."""
 
 
 class Task(pl.LightningModule):
     """A LightningModule that reads checkpoints of strangers safely: pretraining, fine-tuning, segmentation and probes are ones.
 
-    A subclass that overrides `on_load_checkpoint` calls `super()`'s.
+    A subclass that overrides `setup` or `on_load_checkpoint` calls `super()`'s.
     """
 
     @classmethod
@@ -51,39 +68,77 @@ class Task(pl.LightningModule):
         """
         if hparams_file is not None:
             raise ValueError(f"hparams_file {hparams_file} is not read: give the arguments by name, {cls.__name__}'s")
-        if weights_only is not False:
-            weights_only = True  # Lightning's own default unpickles what comes from a URL
-            if "://" in str(checkpoint_path):
-                content = _load(checkpoint_path, map_location="cpu", weights_only=True)
-                check_description(content, checkpoint_path)
-            else:
-                content = read_pickle(Path(checkpoint_path), mmap=True)
-                check_description(content, checkpoint_path)
-            said = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-            if said.get("checkpoint") is not None:  # ours name none, so that they need no other file
-                raise ValueError(refusal(f"{checkpoint_path}: hyper_parameters.checkpoint", "another file"))
-            kept = {key: value for key, value in said.items() if key not in ("checkpoint", *kwargs) and str(key)[0] != "_"}
-            kwargs |= {key: made(value, f"{checkpoint_path}: hyper_parameters.{key}", key) for key, value in kept.items()}
-            kwargs["_instantiator"] = None  # made here, and not by what the file names
-        return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, weights_only, **kwargs)
+        if weights_only is False:
+            return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, False, **kwargs)
+        where = map_location or _default_map_location
+        if "://" in str(checkpoint_path):
+            content = _load(checkpoint_path, where, weights_only=True)
+            if is_changed(content):
+                raise ValueError(damaged(checkpoint_path, CHANGED))
+        else:
+            content = read_pickle(Path(checkpoint_path), map_location=where)
+        check_description(content, checkpoint_path)
+        said = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
+        if not isinstance(said, dict) or not isinstance(content.get("state_dict"), dict):
+            raise ValueError(f"{checkpoint_path} is no checkpoint of a training: it has no hyper_parameters and no state_dict")
+        if said.get("checkpoint") is not None:  # ours name none, so that they need no other file
+            raise ValueError(refusal(f"{checkpoint_path}: hyper_parameters.checkpoint", "another file"))
+        kept = {str(key): value for key, value in said.items() if key not in ("checkpoint", *kwargs)}
+        made_of = {
+            key: made(value, f"{checkpoint_path}: hyper_parameters.{key}", key)
+            for key, value in kept.items()
+            if not key.startswith("_")  # Lightning's own, by which it would make the classes
+        }
+        state = {key: value for key, value in content.items() if key not in ("hyper_parameters", "hparams", "module_arguments")}
+        task: Any = _load_state(cls, state, strict=strict, **{**made_of, **kwargs})
+        device = next((value.device for value in state["state_dict"].values() if isinstance(value, torch.Tensor)), None)
+        return task if device is None else task.to(device)
+
+    def setup(self, stage: str) -> None:
+        """Lets the Trainer's strategy verify a checkpoint before it reads it, whichever strategy it is."""
+        strategy: Any = self.trainer.strategy
+        if not isinstance(strategy.load_checkpoint, functools.partial):
+            strategy.load_checkpoint = functools.partial(verified, strategy.load_checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks the paths in the state of ModelCheckpoint, which removes the files that it finds there when it saves new ones.
+        """Takes out of the state of callbacks the files that ModelCheckpoint would remove, and that are not in its folder.
 
-        Raises:
-            ValueError: a path leaves its folder by `..`, or is on another file system.
+        A backbone that was compiled is loaded by its own names.
         """
-        for name, state in checkpoint.get("callbacks", {}).items():
-            if not isinstance(state, dict) or "dirpath" not in state:
-                continue
-            paths = [state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
-            for path in (*paths, *state.get("best_k_models", {})):
-                folder, path = str(state["dirpath"] or ""), str(path or "")
-                elsewhere = "://" in path and not path.startswith(f"{folder}/")
-                if elsewhere or os.pardir in path.replace("\\", "/").split("/"):
-                    raise ValueError(
-                        f"the checkpoint is refused: {name.partition('{')[0]} names {path!r}, outside of {folder!r}"
-                    )
+        weights = checkpoint["state_dict"]
+        for name in [name for name in weights if "_orig_mod." in name]:
+            weights[name.replace("_orig_mod.", "")] = weights.pop(name)
+        trainer = self._trainer
+        savers = [] if trainer is None else [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        for state in checkpoint.get("callbacks", {}).values():
+            for key in SAVED if isinstance(state, dict) else ():
+                if key == "best_k_models" and key in state:
+                    state[key] = {path: score for path, score in state[key].items() if lies_in(path, folders)}
+                elif key in state and not lies_in(state[key], folders):
+                    state[key] = ""
+
+
+def verified(load_checkpoint: Callable[..., Any], path: str | Path, weights_only: bool | None = None) -> Any:
+    """Reads a checkpoint as a strategy does, after it was verified. (With `weights_only` False, whatever it holds.)
+
+    Raises:
+        FileNotFoundError, ValueError: as `files.check_checkpoint`.
+    """
+    if weights_only is not False and (Path(path).is_file() or is_in_shards(path)):
+        check_checkpoint(path)
+    return load_checkpoint(path, weights_only=weights_only is not False)
+
+
+def lies_in(path: Any, folders: list[str]) -> bool:
+    """Returns whether a path lies in one of the folders, on the same file system, links and `..` followed."""
+    return isinstance(path, str) and any(
+        Path(path).resolve().is_relative_to(Path(folder).resolve())
+        if get_protocol(folder) == "file"
+        else path.startswith(f"{folder}/") and ".." not in path.split("/")
+        for folder in folders
+        if get_protocol(path) == get_protocol(folder)
+    )
 
 
 def made(value: Any, where: str, key: str = "") -> Any:
@@ -98,7 +153,7 @@ def made(value: Any, where: str, key: str = "") -> Any:
     """
     if key == "model_args":
         check_plain(value, where)
-    if key in NETWORKS and isinstance(value, str) and ":" in value:
+    if key in NETWORKS and isinstance(value, str) and not re.fullmatch(r"[\w.]+", value):
         raise ValueError(f"{where} is refused: it is {value!r}, where only a name of timm's own may stand")
     if isinstance(value, (list, tuple)):
         return type(value)(made(part, f"{where}[{place}]") for place, part in enumerate(value))

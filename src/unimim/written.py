@@ -1,6 +1,5 @@
 """A file is whole or not there: it is written under a name of its writer, then renamed; what dead writers left is removed."""
 
-import glob
 import os
 import re
 import shutil
@@ -9,38 +8,39 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+NUMBERS = count()
+"""Tell the parts of one process from each other."""
 DAY = 86_400
 """Seconds in which each living writer has changed its file."""
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes what then gets the name `path`: NAME.MACHINE-PROCESS.part in the same folder."""
-    return path.with_name(f"{path.name}.{machine()}-{os.getpid()}.part")
+    """Where this process writes what then gets the name `path`: NAME.NUMBER.MACHINE-PROCESS.part in the same folder."""
+    return path.with_name(f"{path.name}.{next(NUMBERS)}.{machine()}-{os.getpid()}.part")
 
 
 def machine() -> str:
-    """A word for this machine, in which a process number means one process: its name, and that of the container's processes."""
-    processes = Path("/proc/self/ns/pid")
-    space = processes.stat().st_ino if processes.exists() else 0
-    return f"{re.sub('[^A-Za-z0-9]', '_', socket.gethostname())}_{space}"
+    """A word for this machine since it was started, in which a process number means one process: also within a container."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    started = boot.read_text()[:8] if boot.exists() else re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
+    return f"{started}_{processes.stat().st_ino if processes.exists() else 0}"
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` for a file or a folder, which gets that name when it is written; after an error it is removed.
 
-    So of several writers each leaves a whole file. Of folders the first stays, and the others are thrown away. Parts of the
-    same name whose writers are dead go first, to make room.
+    So of several writers each leaves a whole file. Of folders the first stays, and the others are thrown away.
     """
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_dead(path.parent.glob(f"{glob.escape(path.name)}.*part"))
         yield part
         part.replace(path)
     finally:
@@ -78,7 +78,7 @@ def save_tensors(content: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def remove_dead(parts: Iterable[Path]) -> None:
-    """Removes, of the parts that were found, those whose writers are dead."""
+    """Removes, of the paths that were found, the parts of dead writers; what no writer of this package names so, stays."""
     for part in list(parts):
         with suppress(OSError):  # another run was faster, it is another user's, or the folder is only to be read
             if is_dead(part):
@@ -86,14 +86,16 @@ def remove_dead(parts: Iterable[Path]) -> None:
 
 
 def is_dead(part: Path) -> bool:
-    """Whether no one writes a `.part` any more.
+    """Whether it is a part that no one writes any more.
 
-    Its writer was a process of this machine that has ended; or, on whatever machine, it has not changed for a day.
+    Its writer was a process of this machine that has ended; or, on whatever machine, it has not changed for a day. Version
+    0.1.0 named them NAME.ckpt.part, and NAME.HEX.part with 32 hexadecimal digits.
     """
-    writer = re.search(r"\.(\w+)-(\d+)\.part$", part.name)
+    writer = re.search(r"\.(\w+_\d+)-(\d+)\.part$", part.name)
     if writer and writer[1] == machine() and os.name == "posix" and not is_running(int(writer[2])):
         return True
-    return time.time() - part.stat().st_mtime > DAY
+    ours = writer or re.search(r"\.(ckpt|[0-9a-f]{32})\.part$", part.name)
+    return bool(ours) and time.time() - part.stat().st_mtime > DAY
 
 
 def is_running(process: int) -> bool:

@@ -1,6 +1,6 @@
 """Images with label maps in folders: ADE20K as published, or anyone's own, with mmsegmentation's augmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -346,23 +346,33 @@ class LabelledImageFiles(ImageFiles):
             )
         return labels.to(torch.uint8)
 
-    def check_values(self) -> None:
-        """Looks at label files, spread over all, until a second class occurs: in most data that is the first file or two.
-
-        Raises:
-            ValueError: there are one class and ignored pixels alone, as in masks of 0 and 255.
-        """
+    def values_of(self, paths: Iterable[Path]) -> set[int]:
+        """The labels that occur in these files, up to the first that has a second class."""
         occurred: set[int] = set()
-        count = min(LOOKED_AT, len(self.label_files))
-        for path in (self.label_files[place * len(self.label_files) // count] for place in range(count)):
+        for path in paths:
             try:
                 labels = self.labels_of(read_label(path), path)
             except ValueError:  # which is raised again where a batch needs this file
                 continue
             occurred |= set(labels.unique().tolist())
             if len(occurred - {IGNORED}) > 1:
-                return
-        if IGNORED in occurred and len(occurred) > 1:
+                break
+        return occurred
+
+    def check_values(self) -> None:
+        """Looks at label files, spread over all, until a second class occurs: in most data that is the first file or two.
+
+        Where none occurs and pixels are ignored, it looks at all of them.
+
+        Raises:
+            ValueError: there are one class and ignored pixels alone, as in masks of 0 and 255.
+        """
+        count = min(LOOKED_AT, len(self.label_files))
+        occurred = self.values_of(self.label_files[place * len(self.label_files) // count] for place in range(count))
+        if IGNORED in occurred and len(occurred) == 2:  # a second class may be rare
+            count = len(self.label_files)
+            occurred = self.values_of(self.label_files)
+        if IGNORED in occurred and len(occurred) == 2:
             only, ignored, values = min(occurred), self.ignored_value, list(self.values)
             given = [values[0], ignored] if only == 0 else [ignored, values[-1]]
             which = f": {given} if {ignored} is one, {values} if it is to be ignored" if len(values) == 2 else ""

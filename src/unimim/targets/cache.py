@@ -131,12 +131,12 @@ class FixedViews(pl.Callback):
             "target": [str(example.dtype), *self.files.shape],
             "rows": self.files.rows,
         }
-        if trainer.is_global_zero:
-            self.files.remove_dead()
         # as the first process sees it, so that all do the same
         begun, missing, free = trainer.strategy.broadcast(self.on_disk())
         if begun:
             check_same(folder, made_with)
+            if trainer.is_global_zero:
+                self.files.remove_dead()
         self.announce(missing, free)
         if not begun:
             if trainer.is_global_zero:

@@ -26,10 +26,10 @@ class FeatureTarget(TargetGenerator):
     Args:
         network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
-        weights: None takes timm's pretrained weights from the hub; a path loads any file that `load_backbone` reads, or
-            the encoder in a checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
-            draws a timm network's with a seed of its own, the same in every process and in a run that goes on (frozen
-            weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
+        weights: None takes timm's pretrained weights from the hub; a path loads any file that `load_backbone` reads, or the
+            encoder in a checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the
+            next); "random" draws a timm network's with a seed of its own, the same in every process and in a run that goes on
+            (frozen weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
         norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
