@@ -1,4 +1,4 @@
-"""Every yaml of conf/pretrain: its six letters, its header, two optimizer steps with conf/debug.yaml, and what is trained after it."""
+"""Every yaml of conf/pretrain: its six letters, its header, two steps with conf/debug.yaml, and what is trained after it."""
 
 import re
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_published_recipe_says_its_source(path: Path) -> None:
     assert "later paper" not in header
 
 
-STARTS = {  # of warm-up, other than 0, by the official configs; BEiT, BEiT v2, data2vec and EVA have an option that nothing reads
+STARTS = {  # of warm-up, where it is not 0, by the official configs; BEiT, BEiT v2, data2vec and EVA never read their option
     "feature_distillation_vit_base": 5e-7 * 2048 / 512,
     "simmim_vit_base": 5e-7 * 2048 / 512,
     "simmim_swin_base": 1e-6 * 2048 / 512,

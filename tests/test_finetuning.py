@@ -1008,7 +1008,7 @@ def test_the_header_is_a_lab_note(path: Path) -> None:
         assert re.search(rf"lr: .*absolute, at {images} images a step", path.read_text())
 
 
-SOURCE = {  # images a step, lr, layer decay, epochs, warm-up, drop path: the official commands and defaults that each header names
+SOURCE = {  # images a step, lr, layer decay, epochs, warm-up, drop path: the official commands and defaults of each header
     "vit_base": (1024, 5e-4, 0.65, 100, 20, 0.1),
     "vit_large": (1024, 5e-4, 0.8, 50, 5, 0.2),
     "swin_base": (2048, 1.25e-3 * 4, 0.9, 100, 20, 0.1),
