@@ -57,7 +57,8 @@ class FineTuning(Task):
         mixup: its alpha (BEiT v2: 0.8); 0 is none. With `cutmix`, one of the two is drawn for every batch.
         cutmix: its alpha (BEiT v2: 1.0); 0 is none.
         erasing: probability of random erasing, of an image (BEiT v2: 0.25).
-        head_init_scale: factor on a new classifier's weights (BEiT v2: 0.001); one from a file stays as it is.
+        head_init_scale: factor on a new classifier's weights (MAE: 0.001; 1 for BEiT, whose 0.001 timm applies by itself); one
+            from a file stays as it is.
         checkpointing: less memory for more time: activations are computed again in the backward pass.
         max_skipped_updates: updates whose loss or gradient is NaN or infinite change nothing; more than this many end the run.
 
