@@ -23,6 +23,7 @@ FLOORS = {
     "target_files": 1,
     "waiting": 1,
     "positions": 1.5,
+    "initialization": 1.75,
     "masking": 2,
     "targets": 2,
     "normalizations": 2,
