@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from unimim.positions import sincos_positions
@@ -56,8 +57,10 @@ def torch_default(weight: Tensor, bias: Tensor | None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
-NORMAL: Fill = partial(nn.init.trunc_normal_, std=0.02)  # cut at 2, which is 100 standard deviations
-CUT: Fill = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)  # cut at 1 standard deviation: 0.0108 is left of it
+# Cut at 2, which is 100 standard deviations. (timm's function gives one value in 2 ** 24 that limit itself, -2, by erfinv(-1).)
+NORMAL: Fill = partial(nn.init.trunc_normal_, std=0.02)
+# Cut at 1 standard deviation, which leaves 0.0108 of it. (torch's function draws again what falls outside, which takes long.)
+CUT: Fill = partial(trunc_normal_, std=0.02, a=-0.02, b=0.02)
 XAVIER: Fill = nn.init.xavier_uniform_
 
 
@@ -135,11 +138,18 @@ def initialize_backbone(backbone: Any, init: str) -> None:
     """Draws the weights of a timm backbone again, by the scheme; "timm" leaves them as they are.
 
     Raises:
-        ValueError: the scheme rescales blocks by their depth, and the backbone has no such blocks.
+        ValueError: the backbone does not start with a patch embedding, or the scheme rescales blocks by their depth, and it has
+            no such blocks.
     """
     if init == "timm":
         return
     scheme = SCHEMES[init]
+    proj = getattr(getattr(backbone, "patch_embed", None), "proj", None)
+    if not isinstance(proj, nn.Conv2d):
+        raise ValueError(
+            f"init {init!r} is for networks with a patch embedding, not {type(backbone).__name__}: use init 'timm'"
+        )
+    blocks = blocks_of(backbone, init) if scheme.rescaled else []
     within_blocks = {id(part) for name, part in backbone.named_modules() if name.startswith(("blocks.", "layers."))}
     for module in backbone.modules():
         if isinstance(module, nn.Linear):
@@ -147,16 +157,14 @@ def initialize_backbone(backbone: Any, init: str) -> None:
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.constant_(module.bias, scheme.norm_bias if id(module) in within_blocks else 0.0)
-    proj = backbone.patch_embed.proj
     scheme.patches(proj.weight.detach().flatten(1), detached(proj.bias))
     for token in (getattr(backbone, name, None) for name in ("cls_token", "reg_token")):
         if token is not None:
             scheme.tokens(token)
     fill_positions(backbone, scheme.positions)
-    if scheme.rescaled:
-        for number, block in enumerate(blocks_of(backbone, init), start=1):
-            for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight.detach().div_(math.sqrt(2 * number))
+    for number, block in enumerate(blocks, start=1):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.detach().div_(math.sqrt(2 * number))
 
 
 def fill_positions(backbone: Any, fill: Fill | None) -> None:
@@ -177,7 +185,8 @@ def blocks_of(backbone: Any, init: str) -> list[Any]:
         ValueError: the backbone is no plain row of blocks with attn.proj and mlp.fc2.
     """
     blocks = list(getattr(backbone, "blocks", []))
-    if not blocks or not all(hasattr(getattr(block, "attn", None), "proj") and hasattr(block, "mlp") for block in blocks):
+    plain = [hasattr(getattr(block, "attn", None), "proj") and hasattr(getattr(block, "mlp", None), "fc2") for block in blocks]
+    if not blocks or not all(plain):
         raise ValueError(
             f"init {init!r} rescales the blocks of a ViT, BEiT or EVA by their depth, which {type(backbone).__name__} does not "
             f"have: use init 'timm', or 'simmim_swin' for a Swin"

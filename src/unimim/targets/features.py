@@ -41,8 +41,8 @@ class FeatureTarget(TargetGenerator):
         init: how weights "random" begin, by its name in `unimim.initialization`; other weights are not touched.
 
     Raises:
-        ValueError: unknown name or `init`, a class in place of a network, weights that do not fit or cannot be had, an argument that the
-            network has no use for; on use, grids that do not meet.
+        ValueError: unknown name or `init`, a class in place of a network, weights that do not fit or cannot be had, an
+            argument that the network has no use for; on use, grids that do not meet.
         FileNotFoundError: there is no file at `weights`.
     """
 
