@@ -1,4 +1,4 @@
-"""The table of initial standard deviations in docs/recipes.md: each recipe's beside its official code's. `make recipes` writes it.
+"""The table of initial standard deviations in docs/recipes.md, each recipe's beside its official code's: `make recipes`.
 
 What the official codes do is written out here in closed form, by reading them, and apart from what the package does.
 """
@@ -21,7 +21,7 @@ START, END = "<!-- initial weights -->\n", "<!-- /initial weights -->"
 
 
 class Numbers(NamedTuple):
-    """Of a parameter's values. `largest` is the bound of their distribution, inf where it has none."""
+    """Of a parameter's values. `largest` bounds their size."""
 
     mean: float
     std: float
@@ -46,8 +46,8 @@ def constant(value: float) -> Law:
 
 
 def normal(_: Place) -> Numbers:
-    """0.02, cut nowhere or 100 standard deviations away."""
-    return Numbers(0.0, 0.02, math.inf)
+    """0.02, cut nowhere or at 2, which is 100 standard deviations away."""
+    return Numbers(0.0, 0.02, 2.0)
 
 
 def cut(_: Place) -> Numbers:
@@ -155,7 +155,7 @@ IBOT = {
 
 
 class Official(NamedTuple):
-    """What an official code has in place of a recipe's initial weights, and the channels of the target, which the head predicts."""
+    """The initial weights of the official code of a recipe, and the channels of the target, which the head predicts."""
 
     source: str
     laws: dict[str, Law]
@@ -277,3 +277,42 @@ def measured(name: str, changes: tuple[tuple[str, Any], ...]) -> list[Parameter]
             ours = Numbers(float(values.double().mean()), float(spread), float(values.abs().max()))
             found.append(Parameter(part, kind, ours, values.numel(), law))
     return found
+
+
+TWO_BLOCKS = (("depth", 2),)
+TWO_BLOCKS_OF_SWIN = (("depths", (1, 1, 1, 1)),)
+COLUMNS = ("patches", "positions", "CLS", "mask token", "qkv", "attn.proj", "fc1", "fc2", "head")
+
+
+def at_full_width(name: str) -> list[Parameter]:
+    """A recipe's parameters at its own width, in as few blocks as show each kind."""
+    return measured(name, TWO_BLOCKS_OF_SWIN if "swin" in name else TWO_BLOCKS)
+
+
+def cell(parameters: list[Parameter], kind: str) -> str:
+    """Ours / official, of the first parameter of a kind, which is block 1's."""
+    found = next((parameter for parameter in parameters if parameter.kind == kind), None)
+    return "" if found is None else f"{found.ours.std:.4f} / {found.official.std:.4f}"
+
+
+def table(names: list[str], columns: dict[str, str]) -> str:
+    """One row a recipe; `columns` says which kind stands under which heading."""
+    rows = [f"| recipe | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+    for name in names:
+        parameters = at_full_width(name)
+        cells = [cell(parameters, kind) for kind in columns.values()]
+        rows.append(f"| [{name}](../conf/pretrain/{name}.yaml) | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def page_with_weights(text: str) -> str:
+    """The page's text with the tables between their marks."""
+    decoders = [name for name in OFFICIAL if any(found.kind.startswith("decoder") for found in at_full_width(name))]
+    of_decoder = {kind.removeprefix("decoder, "): kind for kind in KINDS if kind.startswith("decoder") and "biases" not in kind}
+    of_decoder |= {"prediction": "head"}
+    sources = "\n".join(f"- {name}: {official.source}" for name, official in OFFICIAL.items())
+    parts = [table(list(OFFICIAL), {kind: kind for kind in COLUMNS}), table(decoders, of_decoder), sources + "\n"]
+    prototypes = cell(at_full_width("ibot_vit_small"), "prototypes")
+    parts.insert(1, f"iBOT's prototypes, behind the three layers of its head: {prototypes}. In the decoders, block 1:\n")
+    parts.insert(3, "Where the official values were read:\n")
+    return re.sub(f"{START}.*?{END}", lambda _: START + "\n" + "\n".join(parts) + END, text, flags=re.S)
