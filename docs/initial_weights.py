@@ -136,7 +136,8 @@ MAE = {
     "positions": sincos,
     **dict.fromkeys(("CLS", "mask token"), normal),
     **dict.fromkeys(("patches", "qkv", "attn.proj", "fc1", "fc2", "head"), xavier),
-    **dict.fromkeys(("patches' bias", "biases", "head's bias", "decoder, biases"), constant(0)),
+    "patches' bias": torchs,
+    **dict.fromkeys(("biases", "head's bias", "decoder, biases"), constant(0)),
     **dict.fromkeys((kind for kind in KINDS if kind.startswith("decoder") and kind != "decoder, biases"), xavier),
 }
 MASKFEAT = {

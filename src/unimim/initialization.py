@@ -57,6 +57,16 @@ def torch_default(weight: Tensor, bias: Tensor | None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
+def with_default_bias(fill: Fill) -> Layer:
+    """How a patch embedding begins whose weight alone is drawn again: `fill` for the weight [d 3*p*p], torch's bias [d]."""
+
+    def fill_layer(weight: Tensor, bias: Tensor | None) -> None:
+        torch_default(weight, bias)
+        fill(weight)
+
+    return fill_layer
+
+
 # Cut at 2, which is 100 standard deviations. (timm's function gives one value in 2 ** 24 that limit itself, -2, by erfinv(-1).)
 NORMAL: Fill = partial(nn.init.trunc_normal_, std=0.02)
 # Cut at 1 standard deviation, which leaves 0.0108 of it. (torch's function draws again what falls outside, which takes long.)
@@ -94,19 +104,13 @@ class Scheme:
 BEIT = Scheme(layer_of(CUT), layer_of(CUT), CUT, CUT, CUT, layer_of(CUT), rescaled=True)
 
 
-def normal_with_default_bias(weight: Tensor, bias: Tensor | None) -> None:
-    """MaskFeat's patch embedding, [d 3*p*p] and [d]: its weight is drawn again, its bias stays torch's."""
-    torch_default(weight, bias)
-    NORMAL(weight)
-
-
 SCHEMES: dict[str, Scheme] = {
     "beit": BEIT,
     "simmim_vit": replace(BEIT, head=torch_default),
     "simmim_swin": Scheme(layer_of(NORMAL), torch_default, NORMAL, NORMAL, NORMAL, torch_default),
     "mae": Scheme(
         linear=layer_of(XAVIER),
-        patches=layer_of(XAVIER),
+        patches=with_default_bias(XAVIER),
         tokens=partial(nn.init.normal_, std=0.02),
         positions=None,
         mask_token=partial(nn.init.normal_, std=0.02),
@@ -114,7 +118,7 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "maskfeat": Scheme(
         linear=layer_of(NORMAL, bias=0.02),
-        patches=normal_with_default_bias,
+        patches=with_default_bias(NORMAL),
         tokens=NORMAL,
         positions=NORMAL,
         mask_token=NORMAL,
