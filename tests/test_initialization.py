@@ -27,6 +27,7 @@ from unimim import (
     RandomMasking,
     VisibleStudent,
 )
+from unimim.cli import main
 from unimim.optim import parameter_groups
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -222,7 +223,7 @@ def test_dbots_recipe_has_it() -> None:
         ),
         (
             lambda: LinearHead(MaskTokenStudent("vit_tiny_patch16_224", PLAIN), PixelTarget(8), init="mea"),
-            "model.head.init is 'mea', known are 'timm'",
+            "model.head.init is 'mea', known are 'student', 'timm'",
         ),
         (
             lambda: FeatureTarget("vit_tiny_patch16_224", weights="random", model_args=PLAIN, init="mea"),
@@ -243,6 +244,25 @@ def test_a_mistake_is_one_line(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.student.init", "bet"], "model.student.init: 'bet' is none of timm, beit, "),
+        (["--model.head.init", "mea"], "model.head.init: 'mea' is none of student, timm, beit, "),
+        (["--model.student.decayed", "[cls]"], "model.student.decayed: 'cls' is none of cls_token, "),
+        (["--model.student.decayed", "cls_token"], "model.student.decayed: expected a list, got cls_token: write [cls_token]"),
+        (["--model.teacher.weights", "random", "--model.teacher.init", "mea"], "model.teacher.init: 'mea' is none of timm, "),
+    ],
+    ids=["init", "head", "decayed", "no list", "teacher"],
+)
+def test_the_command_line_says_what_is_known(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "fit", "--config", str(ROOT / "conf" / "pretrain" / "dbot_vit_base.yaml"), *words, "--print_config"])
+    error = capsys.readouterr().err
+    assert f"error: {said}" in error
+    assert error.count("\n") == 1
 
 
 # Weight decay of tokens and positions

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.initialization import Init, check_init, initialize_head
+from unimim.initialization import OfHead, check_init, initialize_head
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
 from unimim.selection import count_of, inverse, pick, places, put, rows, told
@@ -23,13 +23,13 @@ class LinearHead(Head):
     Args:
         student: gives d, the width of the tokens.
         target: gives c, the channels to predict.
-        init: how the weights begin, by its name in `unimim.initialization`; None follows the student.
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: on use, hidden patches are to be predicted from the tokens of the visible ones.
     """
 
-    def __init__(self, student: Student, target: TargetGenerator, init: Init | None = None) -> None:
+    def __init__(self, student: Student, target: TargetGenerator, init: OfHead = "student") -> None:
         super().__init__(student, target)
         self.num_prefix_tokens = student.num_prefix_tokens
         self.linear = nn.Linear(student.embed_dim, target.dim)
@@ -51,7 +51,7 @@ class PrototypeHead(Head):
         target: gives c, the number of prototypes.
         hidden: width of the MLP's first two layers (iBOT: 2048).
         bottleneck: width of its last layer, and of a prototype (iBOT: 256).
-        init: how the weights begin, by its name in `unimim.initialization`; None follows the student.
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: as `LinearHead`.
@@ -63,7 +63,7 @@ class PrototypeHead(Head):
         target: TargetGenerator,
         hidden: int = 2048,
         bottleneck: int = 256,
-        init: Init | None = None,
+        init: OfHead = "student",
     ) -> None:
         super().__init__(student, target)
         check_positive("model.head", hidden=hidden, bottleneck=bottleneck)
@@ -91,7 +91,7 @@ class Decoder(Head):
         student: gives d, the grid and whether it drops patches; one that does not has mask tokens of its own.
         target: gives c, the channels to predict.
         width, depth, num_heads: of the decoder (MAE and MILAN: 512, 8, 16).
-        init: how the weights begin, by its name in `unimim.initialization`; None follows the student. With "timm" they
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way. With "timm" they
             begin as in MAE's code.
 
     Raises:
@@ -107,7 +107,7 @@ class Decoder(Head):
         width: int = 512,
         depth: int = 8,
         num_heads: int = 16,
-        init: Init | None = None,
+        init: OfHead = "student",
     ) -> None:
         super().__init__(student, target)
         check_positive("model.head", width=width, depth=depth, num_heads=num_heads)
@@ -160,7 +160,7 @@ class DecoderHead(Decoder):
         width: of the decoder's tokens (MAE: 512).
         depth: its blocks (MAE: 8).
         num_heads: of their attention (MAE: 16).
-        init: how the weights begin, by its name in `unimim.initialization`; None follows the student.
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
     """
 
     def block(self, width: int, num_heads: int) -> nn.Module:
@@ -174,7 +174,7 @@ class DecoderHead(Decoder):
         width: int = 512,
         depth: int = 8,
         num_heads: int = 16,
-        init: Init | None = None,
+        init: OfHead = "student",
     ) -> None:
         super().__init__(student, target, width, depth, num_heads, init)
         self.last_block = told(self.blocks[-1], self.num_prefix_tokens)
@@ -198,7 +198,7 @@ class PromptingDecoderHead(Decoder):
         width: of the decoder's tokens (MILAN: 512).
         depth: its blocks (MILAN: 8).
         num_heads: of their attention (MILAN: 16).
-        init: how the weights begin, by its name in `unimim.initialization`; None follows the student.
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: the student does not drop patches; and as `Decoder`.
@@ -211,7 +211,7 @@ class PromptingDecoderHead(Decoder):
         width: int = 512,
         depth: int = 8,
         num_heads: int = 16,
-        init: Init | None = None,
+        init: OfHead = "student",
     ) -> None:
         if not student.drops_patches:
             raise ValueError("model.head: PromptingDecoderHead needs a student that drops patches, VisibleStudent")
@@ -256,15 +256,14 @@ class PromptingBlock(nn.Module):
         return updated
 
 
-def begin(head: Head, student: Student, init: Init | None) -> None:
-    """Gives a head its first weights: those of `init`, or where it is None of the student's scheme.
+def begin(head: Head, student: Student, init: OfHead) -> None:
+    """Gives a head its first weights, those of `init`, which may be the student's.
 
     Raises:
         ValueError: there is no such scheme.
     """
-    name = init or student.init
-    check_init("model.head.init", name)
-    initialize_head(head, name)
+    check_init("model.head.init", init, OfHead)
+    initialize_head(head, student.init if init == "student" else init)
 
 
 def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens: int) -> Tensor:

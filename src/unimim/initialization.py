@@ -32,6 +32,8 @@ from unimim.positions import sincos_positions
 
 Init = Literal["timm", "beit", "simmim_vit", "simmim_swin", "mae", "maskfeat", "ibot"]
 """The known schemes."""
+OfHead = Literal["student", Init]
+"""Those of a head: its student's, or one of its own."""
 Token = Literal["cls_token", "mask_token", "pos_embed", "relative_position_bias_table"]
 """The parameters that only some official codes give weight decay."""
 Fill = Callable[[Tensor], Any]
@@ -129,13 +131,13 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def check_init(owner: str, init: str) -> None:
+def check_init(owner: str, init: str, known: Any = Init) -> None:
     """
     Raises:
         ValueError: there is no such scheme.
     """
-    if init not in get_args(Init):
-        raise ValueError(f"{owner} is {init!r}, known are {', '.join(map(repr, get_args(Init)))}")
+    if init not in get_args(known):
+        raise ValueError(f"{owner} is {init!r}, known are {', '.join(map(repr, get_args(known)))}")
 
 
 def initialize_backbone(backbone: Any, init: str) -> None:
