@@ -1,4 +1,7 @@
-"""docs/recipes.md: what each recipe of conf says of itself: reported numbers, sources, command. `make recipes` writes it."""
+"""docs/recipes.md: what each recipe of conf says of itself: reported numbers, sources, command. `make recipes` writes it.
+
+The tables of initial weights at its end are those of initial_weights.py.
+"""
 
 import re
 from itertools import groupby
@@ -46,4 +49,6 @@ def page_with_recipes(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with_recipes(PAGE.read_text()))
+    from initial_weights import page_with_weights
+
+    PAGE.write_text(page_with_weights(page_with_recipes(PAGE.read_text())))

@@ -28,6 +28,7 @@ FLOORS = {
     "waiting": 1,
     "positions": 1.5,
     "fitting": 1.5,
+    "initialization": 1.75,
     "masking": 2,
     "targets": 2,
     "normalizations": 2,

@@ -1120,7 +1120,9 @@ class Parser(LightningArgumentParser):
             return f"{name} is missing: give --{name}, or a --config that has it"
         if "is abstract" in reason and (known := names_for(keys[-1] if keys else "")):
             return f"{field}: give one of {', '.join(known)}"
-        if found := re.search(r"Expected a typing.Literal\[(.+)\]\. Got value: (.+)", reason):
+        if found := re.search(r"Expected a <class 'collections.abc.Sequence'>\. Got value: (\S+)$", reason):
+            return f"{field}: expected a list, got {found[1]}: write [{found[1]}]"
+        if found := re.search(r"Expected a typing.Literal\[(.+?)\]\. Got value: (.+?)(?:\. Got value: .+)?$", reason):
             known = re.findall(r"'([^']+)'", found[1])
             return f"{field}: {found[2]!r} is none of {', '.join(known)}.{closest(found[2], known)}"
         kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from unimim.backbones import check_name, check_object, create_backbone, own_seed
 from unimim.files import chosen_in, description, load_strictly, read_file, state_dict_in
 from unimim.fitting import fit
+from unimim.initialization import Init, check_init, initialize_backbone
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
 from unimim.selection import last_block
@@ -40,10 +41,12 @@ class FeatureTarget(TargetGenerator):
         dim: c; None asks timm.
         model_args: further arguments of the timm model.
         checkpoint_key: the entry of the file to take, where it has several, as in `load_backbone`.
+        init: how weights "random" begin, by its name in `unimim.initialization`; other weights are not touched.
 
     Raises:
-        ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
-            network has no use for; on use, grids that do not meet, or a size or a norm that the timm model does not take.
+        ValueError: unknown name or `init`, a class in place of a network, weights that do not fit or cannot be had, an
+            argument that the network has no use for; on use, grids that do not meet, or a size or a norm that the timm model
+            does not take.
         FileNotFoundError: there is no file at `weights`.
     """
 
@@ -63,8 +66,10 @@ class FeatureTarget(TargetGenerator):
         dim: int | None = None,
         model_args: dict[str, Any] | None = None,
         checkpoint_key: str | None = None,
+        init: Init = "timm",
     ) -> None:
         super().__init__()
+        check_init("model.teacher.init", init)
         self.is_timm = isinstance(network, str)
         if not self.is_timm:
             check_object("model.teacher.network", network, nn.Module, "unimim.EfficientNetLite0(), or the name of a timm model")
@@ -84,6 +89,8 @@ class FeatureTarget(TargetGenerator):
         if self.is_timm:
             with own_seed():
                 module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
+                if weights == "random":
+                    initialize_backbone(module, init)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
                 raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
@@ -95,9 +102,9 @@ class FeatureTarget(TargetGenerator):
             if content is not None:
                 self._fill(module, content, str(weights), model_args or {}, checkpoint_key)
             mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
-        elif (layer, norm, project, model_args) != (-1, True, False, None) or weights == "random":
+        elif (layer, norm, project, model_args, init) != (-1, True, False, None, "timm") or weights == "random":
             raise ValueError(
-                f"model.teacher: layer, norm, project, model_args and weights='random' are for timm's networks; "
+                f"model.teacher: layer, norm, project, model_args, init and weights='random' are for timm's networks; "
                 f"{self.name} is your own"
             )
         if dim is None or mean is None or std is None:
