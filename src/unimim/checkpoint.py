@@ -91,7 +91,8 @@ def load_backbone(
         backbone: the timm name to build for a file that does not say it.
         strict: False warns of keys that nothing accounts for, and loads the others.
         checkpoint_key: the entry of the file to take, where it has several: `student` of DINO, `model_ema` of DeiT.
-        mean, std: of the pixels in [0, 1], where the file does not say it.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
         model_args: arguments of the timm model, beside those it was trained with, or instead of them.
 
     Raises:

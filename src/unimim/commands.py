@@ -146,7 +146,10 @@ def knn_accuracy(
         feature: the mean of the patch tokens, or the CLS token.
         device: where the backbone runs.
         backbone: the timm name of what a file holds, where it does not say it.
-        checkpoint_key, mean, std, model_args: likewise, as in `load_backbone`.
+        checkpoint_key: the entry of the file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: there is no such device here; and as `load_backbone`.
@@ -183,7 +186,10 @@ def export_checkpoint(
         output: the file to write, which must not exist; beside the checkpoint, if not given.
         to: timm (a file of torch.save) or safetensors.
         backbone: the timm name of what a file holds, where it does not say it.
-        checkpoint_key, mean, std, model_args: likewise, as in `load_backbone`.
+        checkpoint_key: the entry of the file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
     """
     check_plain(model_args, "model_args")
     ending = ".pth" if to == "timm" else ".safetensors"

@@ -40,7 +40,9 @@ class FineTuning(Task):
         backbone: a timm name, or a timm model with a classifier, such as
             `load_backbone(path, num_classes=10, global_pool="avg")`. Pixels are normalized by its `pretrained_cfg`.
         checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
-        checkpoint_key, mean, std: as in `load_backbone`, what the file does not say.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
         num_classes: of a named backbone's classifier.
         model_args: further arguments of a named backbone, such as `drop_path_rate`.
         lr: peak learning rate of the head, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-4 at 1024).

@@ -8,9 +8,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from scipy.interpolate import RectBivariateSpline  # type: ignore[import-untyped]
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from unimim.backbones import create_backbone
@@ -291,9 +294,34 @@ def resize(name: str, value: Tensor, wanted: Tensor, backbone: Any, grid: Grid |
         old = old_size(len(value) - prefix, grid and (2 * grid[0] - 1, 2 * grid[1] - 1), new)
         if old and old != new:
             trained = (old[0] + 1) // 2, (old[1] + 1) // 2
-            fitted = resize_rel_pos_bias_table(value, window, tuple(wanted.shape), old_window_size=trained)
-            note = f"table of {by(old)} to {by(new)}, linear between geometrically spaced positions"
+            table, of_cls = value[: old[0] * old[1]], value[old[0] * old[1] :]
+            fitted = torch.cat([resized_table(table, trained, window), of_cls.to(table.dtype)])
+            note = f"table of {by(old)} to {by(new)}, cubic between geometrically spaced positions"
     return (fitted, note) if fitted.shape == wanted.shape else (value, "")
+
+
+def resized_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """A table of relative positions for another grid, as BEiT's code resizes it: [(2h-1) (2w-1), heads] -> the same of h', w'.
+
+    The old offsets are spaced geometrically over the new range, and a cubic spline between them gives the new ones.
+
+    Source: microsoft/unilm@768a3c8, beit/run_class_finetuning.py, whose scipy.interpolate.interp2d is FITPACK's spline too.
+    """
+    at = [spread(before, after) for before, after in zip(old, new, strict=True)]
+    wanted = [np.arange(-(side - 1), side, dtype=np.float64) for side in new]
+    heads = rearrange(table.double(), "(h w) heads -> heads h w", h=2 * old[0] - 1).numpy()
+    resized = [RectBivariateSpline(*at, head, kx=min(3, len(at[0]) - 1), ky=min(3, len(at[1]) - 1))(*wanted) for head in heads]
+    return rearrange(torch.from_numpy(np.stack(resized)), "heads h w -> (h w) heads").to(table.dtype)
+
+
+def spread(old: int, new: int) -> np.ndarray[Any, Any]:
+    """Where the 2 old - 1 offsets of a side lie among the 2 new - 1: 0 in the middle, the steps from it grow by one factor."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        factor = (low + high) / 2
+        low, high = (low, factor) if (1 - factor ** (old - 1)) / (1 - factor) > new - 1 else (factor, high)
+    steps = np.cumsum([factor**power for power in range(old - 1)])
+    return np.concatenate([-steps[::-1], [0.0], steps])
 
 
 def old_size(count: int, known: Grid | None, new: Grid) -> Grid | None:

@@ -528,7 +528,10 @@ class LinearProbe(Probe):
         weight_decay: SGD's (MAE: 0).
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (MAE: 10 of 90; DINO: none).
         checkpoint: a file that does not say which backbone it holds; `backbone` is its timm name then.
-        checkpoint_key, mean, std, model_args: as in `load_backbone`, what the file does not say.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: as `Probe`, or the CLS token of a backbone that has none.
@@ -587,7 +590,10 @@ class AttentiveProbe(Probe):
         weight_decay: AdamW's (V-JEPA: 0.001); 1-D parameters do not decay.
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (V-JEPA: none).
         checkpoint: a file that does not say which backbone it holds; `backbone` is its timm name then.
-        checkpoint_key, mean, std, model_args: as in `load_backbone`, what the file does not say.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: as `Probe`, or a width that the heads do not divide.

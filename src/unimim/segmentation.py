@@ -50,7 +50,9 @@ class UperNetSegmentation(Task):
         backbone: a timm name, or a timm model such as `load_backbone(path, img_size=512)`, from which the pyramid takes what
             it does not use. Pixels are normalized by its `pretrained_cfg`.
         checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
-        checkpoint_key, mean, std: as in `load_backbone`, what the file does not say.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
         num_classes: of the labels (ADE20K: 150).
         model_args: further arguments of a named backbone, such as `img_size` (the crops' size) and `drop_path_rate`.
         blocks: the four blocks of a ViT whose features are used, from 0; None takes `FeaturePyramid`'s.
