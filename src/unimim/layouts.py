@@ -108,6 +108,7 @@ LAYOUTS = (
             r"backbone\.(.+)": r"\1",
         },
         {r"(dino|ibot)_head\..+": HEAD},
+        IMAGENET,
     ),
     Layout(
         "EVA-02",
