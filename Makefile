@@ -64,7 +64,7 @@ sweep-docs: install  ## put the sweep's table and figure into docs
 table: install  ## write Table 1 of README and docs from the recipes
 	$(BIN)/python docs/table1.py
 
-recipes: install  ## write docs/recipes.md from the recipes' headers
+recipes: install  ## write docs/recipes.md from the recipes' headers and initial weights
 	$(BIN)/python docs/recipes.py
 
 docs: install  ## build the documentation site into outputs/site

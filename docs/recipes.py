@@ -1,4 +1,7 @@
-"""docs/recipes.md: what each recipe of conf says of itself: reported numbers, sources, command. `make recipes` writes it."""
+"""docs/recipes.md: what each recipe of conf says of itself: reported numbers, sources, command. `make recipes` writes it.
+
+The tables of initial weights at its end are those of initial_weights.py.
+"""
 
 import re
 from itertools import groupby
@@ -8,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "recipes.md"
 START, END = "<!-- recipes -->\n", "<!-- /recipes -->"
 FOLDERS = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "probe": "Probes", "segment": "Segmentation"}
-MARKS = re.compile(r"(?<=[.)]) (?=(?:Reported|Ours|deviation|open): |Command[ :])")
+NAMES = "Reported|Ours|Fine-tuning|Segmentation|Source|deviation|open"
+MARKS = re.compile(rf"(?<=[.)]) (?=(?:{NAMES}): |Command[ :])")
 
 
 def header(path: Path) -> list[str]:
@@ -27,8 +31,8 @@ def section(path: Path) -> str:
             joined = re.sub(r" *\\\n", " ", "\n".join(line.strip() for line in group))
             shown.append(f"```bash\n{joined}\n```")
         else:
-            items = MARKS.split(" ".join(group))
-            shown += [re.sub(r"^(Reported|Ours|deviation|open|Command)\b", r"**\1**", item) for item in items]
+            text = re.sub(r"\bconf/\w+/\w+\.yaml", r"[\g<0>](../\g<0>)", " ".join(group))
+            shown += [re.sub(rf"^({NAMES}|Command)\b", r"**\1**", item) for item in MARKS.split(text)]
     return "\n\n".join(shown) + "\n"
 
 
@@ -45,4 +49,6 @@ def page_with_recipes(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with_recipes(PAGE.read_text()))
+    from initial_weights import page_with_weights
+
+    PAGE.write_text(page_with_weights(page_with_recipes(PAGE.read_text())))

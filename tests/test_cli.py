@@ -101,7 +101,7 @@ def test_the_first_answers_come_without_torch(words: list[str]) -> None:
         ),
         (["--model.lrr", "1"], "there is no option --model.lrr. Did you mean '--model.lr'?"),
         (["--model.masking.ratio", "half"], "model.masking.ratio: expected float or tuple, got half"),
-        (["--model.head.widht", "3"], "model.head: unimim.LinearHead takes no 'widht'. Known: none"),
+        (["--model.head.widht", "3"], "model.head: unimim.LinearHead takes no 'widht'. Did you mean 'init'? Known: init"),
         (
             ["--model.loss", "CosinLoss"],
             "there is no class 'CosinLoss'. Did you mean 'CosineLoss'? Known: CosineLoss, torch.nn.",

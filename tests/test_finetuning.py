@@ -25,7 +25,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from unimim import ClassFolderData, FineTuning, MaskTokenStudent, load_backbone
+from unimim import ClassFolderData, FineTuning, MaskTokenStudent, VisibleStudent, load_backbone
 from unimim.checkpoint import describe_backbone
 from unimim.cli import main
 from unimim.probing import accuracy, extract_features, knn
@@ -983,7 +983,7 @@ every_file = pytest.mark.parametrize("path", [*FINETUNE, *PROBE], ids=lambda pat
 
 
 def test_there_are_the_files() -> None:
-    assert {path.stem for path in FINETUNE} >= {"vit_base", "vit_large", "vit_huge", "swin_base", "sample"}
+    assert {path.stem for path in FINETUNE} == {*SOURCE, "vit_huge", "sample"}
     assert {path.stem for path in PROBE} >= {"linear", "attentive"}
 
 
@@ -1008,31 +1008,77 @@ def test_the_header_is_a_lab_note(path: Path) -> None:
         assert re.search(rf"lr: .*absolute, at {images} images a step", path.read_text())
 
 
-SOURCE = {  # lr, layer decay, epochs, warm-up, drop path: BEiT v2's official fine-tuning after 300 epochs of pretraining
-    "vit_base": (5e-4, 0.65, 100, 20, 0.1),
-    "vit_large": (5e-4, 0.8, 50, 5, 0.2),
+SOURCE = {  # images a step, lr, layer decay, epochs, warm-up, drop path: the official commands and defaults of each header
+    "vit_base": (1024, 5e-4, 0.65, 100, 20, 0.1),
+    "vit_large": (1024, 5e-4, 0.8, 50, 5, 0.2),
+    "swin_base": (2048, 1.25e-3 * 4, 0.9, 100, 20, 0.1),
+    "beit_vit_base": (1024, 4e-3, 0.65, 100, 20, 0.1),
+    "data2vec_vit_base": (1024, 4e-3, 0.65, 100, 10, 0.2),
+    "dbot_vit_base": (1024, 3e-4 * 4, 0.65, 100, 5, 0.1),
+    "eva_vit_large": (1024, 2e-4, 0.8, 50, 5, 0.2),
+    "feature_distillation_vit_base": (2048, 1.25e-3 * 4, 0.6, 100, 20, 0.3),
+    "ibot_vit_small": (1024, 4e-3, 0.75, 200, 20, 0.1),
+    "mae_vit_base": (1024, 5e-4 * 4, 0.65, 100, 5, 0.1),
+    "maskalign_vit_base": (1024, 3e-4 * 4, 0.55, 100, 5, 0.2),
+    "maskfeat_vit_base": (512, 2e-3, 0.65, 100, 20, 0.1),
+    "milan_vit_base": (1024, 1e-4 * 4, 0.65, 100, 5, 0.1),
+    "simmim_vit_base": (2048, 1.25e-3 * 4, 0.65, 100, 20, 0.1),
 }
+RATES = {  # where they are others: weight decay, start of warm-up, end of the cosine, clipping
+    "swin_base": (0.05, 1e-6, 1e-6, 5.0),
+    "data2vec_vit_base": (0.0, 0.0, 1e-6, None),
+    "eva_vit_large": (0.05, 0.0, 0.0, None),
+    "feature_distillation_vit_base": (0.05, 1e-6, 1e-6, 5.0),
+    "maskfeat_vit_base": (0.05, 1e-8, 1e-6, None),
+    "simmim_vit_base": (0.05, 1e-6, 1e-6, 5.0),
+}
+CLASSIFIER = {"swin_base": 0.02, "dbot_vit_base": 0.01, "milan_vit_base": 0.02}
+"""Standard deviation of a new classifier's weights where it is not 2e-5."""
 
 
 @pytest.mark.parametrize("name", SOURCE)
-def test_vit_recipes_are_the_published_ones(name: str) -> None:
+def test_recipes_are_the_published_ones(name: str) -> None:
     config = recipe(ROOT / "conf" / "finetune" / f"{name}.yaml")
-    model, data = config["model"], config["data"]["init_args"]
-    found = (model["lr"], model["layer_decay"], config["trainer"]["max_epochs"], model["warmup_epochs"])
-    assert (*found, model["model_args"]["drop_path_rate"]) == SOURCE[name]
-    assert model["recipe_batch"] == 1024
+    model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
+    found = (model["recipe_batch"], model["lr"], model["layer_decay"], trainer["max_epochs"], model["warmup_epochs"])
+    assert (*found, model["model_args"]["drop_path_rate"]) == pytest.approx(SOURCE[name])
+    rates = (model["weight_decay"], model["warmup_lr"], model["min_lr"], trainer.get("gradient_clip_val"))
+    assert rates == RATES.get(name, (0.05, 0.0, 1e-6, None))
     assert (model["mixup"], model["cutmix"], model["label_smoothing"], model["erasing"]) == (0.8, 1.0, 0.1, 0.25)
-    assert (model["weight_decay"], model["min_lr"], model["head_init_scale"]) == (0.05, 1e-6, 0.001)
-    assert data["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    assert model["betas"] == [0.9, 0.999]
+    assert (data["auto_augment"], data["crop_scale"], data["crop_pct"]) == ("rand-m9-mstd0.5-inc1", [0.08, 1.0], 0.875)
     assert (data["image_size"], model["model_args"]["img_size"]) == (224, 224)
-    assert "gradient_clip_val" not in config["trainer"]
-    assert "callbacks" not in config["trainer"]  # no moving average
-    built = FineTuning(model["backbone"], num_classes=6, model_args={**model["model_args"], **NARROW}).backbone
-    assert built.global_pool == "avg"
-    assert isinstance(built.fc_norm, nn.LayerNorm)
-    assert isinstance(built.norm, nn.Identity)
-    assert len(list(built.cls_token)) == 1
-    assert built.blocks[0].attn.relative_position_bias_table is not None
+    assert "callbacks" not in trainer  # no moving average
+    built = FineTuning(
+        model["backbone"],
+        num_classes=500,
+        model_args={**model["model_args"], **(NARROW_SWIN if name == "swin_base" else NARROW)},
+        head_init_scale=model["head_init_scale"],
+    ).backbone
+    assert built.get_classifier().weight.std().item() == pytest.approx(CLASSIFIER.get(name, 2e-5), rel=0.05)
+    pooled = "token" if name == "ibot_vit_small" else "avg"  # CLS or the mean of the patches
+    assert built.global_pool == pooled
+    if name == "swin_base":
+        return
+    assert isinstance(built.fc_norm, nn.LayerNorm) == (pooled == "avg")
+    assert isinstance(built.norm, nn.Identity) == (pooled == "avg")
+    assert built.cls_token.shape[1] == 1
+    biased = model["model_args"].get("use_rel_pos_bias", False)  # BEiT's kin: a bias in every block; the others: positions
+    assert biased == (built.pos_embed is None)
+    assert not biased or built.blocks[0].attn.relative_position_bias_table is not None
+
+
+@pytest.mark.parametrize("name", ["mae_vit_base", "maskalign_vit_base", "dbot_vit_base", "milan_vit_base"])
+def test_a_new_classifier_starts_so_after_a_pretraining_that_began_otherwise(name: str, tmp_path: Path) -> None:
+    """The pretraining's `weight_init: jax` would start the classifier at 0."""
+    model = recipe(ROOT / "conf" / "finetune" / f"{name}.yaml")["model"]
+    student = VisibleStudent(VIT, {"weight_init": "jax", "img_size": 32, **NARROW}, positions="sincos")
+    file = tmp_path / "encoder.ckpt"
+    weights = {f"student.{key}": value for key, value in student.state_dict().items()}
+    torch.save({"state_dict": weights, "backbone": describe_backbone(student)}, file)
+    args = {**model["model_args"], **NARROW, "img_size": 32}
+    built = FineTuning(model["backbone"], str(file), 500, args, head_init_scale=model["head_init_scale"]).backbone
+    assert built.head.weight.std().item() == pytest.approx(CLASSIFIER.get(name, 2e-5), rel=0.05)
 
 
 NARROW = {"embed_dim": 24, "depth": 2, "num_heads": 2}

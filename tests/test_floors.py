@@ -13,6 +13,7 @@ SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "backbones": 0,
     "files": 0,
+    "layouts": 0,
     "batches": 0,
     "selection": 0,
     "pictures": 0,
@@ -26,6 +27,8 @@ FLOORS = {
     "target_files": 1,
     "waiting": 1,
     "positions": 1.5,
+    "fitting": 1.5,
+    "initialization": 1.75,
     "masking": 2,
     "targets": 2,
     "normalizations": 2,

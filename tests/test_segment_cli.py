@@ -386,7 +386,7 @@ def recipe(path: Path) -> dict[str, Any]:
 
 
 def test_there_are_the_files() -> None:
-    assert {path.stem for path in SEGMENT} == {"upernet_vit_base", "upernet_vit_large", "upernet_swin_base", "sample"}
+    assert {path.stem for path in SEGMENT} == {*SOURCE, "sample"}
 
 
 @every_file
@@ -408,7 +408,9 @@ def test_the_header_is_a_lab_note(path: Path) -> None:
     assert re.search(rf"lr: .*absolute, at {images} images a step", path.read_text())
 
 
-SOURCE = {  # lr, layer decay, drop path, width, weight decay: BEiT v2's official configs, and Swin's
+SOURCE = {  # lr, layer decay, drop path, width, weight decay: the configs that each header names
+    "upernet_beit_vit_base": (7e-4, 0.65, 0.1, 768, 0.05),
+    "upernet_mae_vit_base": (1e-4, 0.65, 0.1, 768, 0.05),
     "upernet_vit_base": (5e-5, 0.75, 0.15, 768, 0.05),
     "upernet_vit_large": (4e-5, 0.9, 0.2, 1024, 0.05),
     "upernet_swin_base": (6e-5, 1.0, 0.3, 512, 0.01),
@@ -430,6 +432,9 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     if "vit" in name:
         assert (model["inference"], model["crop_size"], model["stride"]) == ("slide", 512, 341)
         assert model["blocks"] == {"base": [3, 5, 7, 11], "large": [7, 11, 15, 23]}[name.split("_")[-1]]
+        if name == "upernet_mae_vit_base":
+            assert set(model["model_args"]) == {"img_size", "drop_path_rate"}  # a plain ViT
+            return
         assert model["model_args"]["init_values"] == {"base": 0.1, "large": 1e-6}[name.split("_")[-1]]
         assert model["model_args"]["use_rel_pos_bias"]
         assert not model["model_args"]["use_abs_pos_emb"]

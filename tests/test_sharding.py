@@ -19,6 +19,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from sharding_runs import CLIP, TASKS, Spy, beit, data2vec, fit, segment, swin
+from test_files import shards
 from torch import Tensor, nn
 
 from unimim import DecoderHead, PixelTarget, VisibleStudent, load_backbone
@@ -276,8 +277,7 @@ def test_a_command_trains_in_shards_and_goes_on(tmp_path: Path) -> None:
 def test_a_command_that_cannot_read_shards_says_so(words: list[str], expected: str, tmp_path: Path) -> None:
     from unimim.cli import main
 
-    (tmp_path / "some.ckpt").mkdir()
-    (tmp_path / "some.ckpt" / "meta.pt").touch()
+    shards(tmp_path / "some.ckpt")
     data = ["--data=ClassFolderData", "--data.root=nowhere"]
     with pytest.raises(SystemExit, match=f"unimim: error: .*some.ckpt {expected}"):
         main(["finetune", *words, *data, f"--ckpt_path={tmp_path / 'some.ckpt'}"])

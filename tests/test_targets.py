@@ -802,7 +802,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict], dict],
 
 def test_weights_of_another_timm_model(clip_weights: Path) -> None:
     with pytest.raises(
-        ValueError, match="does not fit VisionTransformer, nothing was loaded: .* missing .* unexpected"
+        ValueError, match="does not fit vit_base_patch16_224, nothing was loaded: .* missing .* unexpected"
     ) as error:
         FeatureTarget("vit_base_patch16_224", weights=str(clip_weights), model_args={"depth": 2})
     one_line(error)

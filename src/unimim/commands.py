@@ -43,7 +43,7 @@ from unimim.checkpoint import export as export_backbone
 from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
-from unimim.interfaces import Head, Masking, Student, TargetGenerator
+from unimim.interfaces import RGB, Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.monitoring import CheckMonitors, why_unsaved
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
@@ -130,6 +130,11 @@ def knn_accuracy(
     temperature: float = 0.07,
     feature: Feature = "mean",
     device: Literal["cpu", "cuda", "mps"] = "cuda" if torch.cuda.is_available() else "cpu",
+    backbone: str | None = None,
+    checkpoint_key: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    model_args: dict[str, Any] | None = None,
 ) -> float:
     """Top-1 accuracy of the k nearest neighbours among the training images, for the validation images.
 
@@ -140,6 +145,11 @@ def knn_accuracy(
         temperature: of their votes.
         feature: the mean of the patch tokens, or the CLS token.
         device: where the backbone runs.
+        backbone: the timm name of what a file holds, where it does not say it.
+        checkpoint_key: the entry of the file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: there is no such device here; and as `load_backbone`.
@@ -148,26 +158,44 @@ def knn_accuracy(
         raise ValueError(f"device is {device}, but torch finds none here: give --device cpu")
     data.prepare_data()
     data.setup("validate")
-    backbone = load_backbone(checkpoint).to(device)
+    check_plain(model_args, "model_args")
+    encoder = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **(model_args or {})).to(device)
     splits: Any = data
     (bank, bank_labels), (features, labels) = (
-        extract_features(backbone, splits.labelled_dataloader(split), feature) for split in ("train", "val")
+        extract_features(encoder, splits.labelled_dataloader(split), feature) for split in ("train", "val")
     )
     reached = accuracy(nearest_neighbours(features, bank, bank_labels, k, temperature), labels)
     print(f"k-NN: {reached:.4f} of {len(labels)} images, k {k}, {len(bank)} in the bank")
     return reached
 
 
-def export_checkpoint(checkpoint: str, output: str | None = None, to: Literal["timm", "safetensors"] = "timm") -> Path:
+def export_checkpoint(
+    checkpoint: str,
+    output: str | None = None,
+    to: Literal["timm", "safetensors"] = "timm",
+    backbone: str | None = None,
+    checkpoint_key: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Path:
     """Writes the backbone in a checkpoint as a file that timm loads strictly, and a model card beside it.
 
     Args:
         checkpoint: of pretraining or fine-tuning.
         output: the file to write, which must not exist; beside the checkpoint, if not given.
         to: timm (a file of torch.save) or safetensors.
+        backbone: the timm name of what a file holds, where it does not say it.
+        checkpoint_key: the entry of the file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
     """
+    check_plain(model_args, "model_args")
     ending = ".pth" if to == "timm" else ".safetensors"
-    written = export_backbone(checkpoint, output or Path(checkpoint).with_suffix(ending), to)
+    destination = output or Path(checkpoint).with_suffix(ending)
+    given: dict[str, Any] = {"checkpoint_key": checkpoint_key, "mean": mean, "std": std, **(model_args or {})}
+    written = export_backbone(checkpoint, destination, to, backbone, **given)
     print(f"{written}, and {written}.md")
     return written
 
@@ -1098,7 +1126,9 @@ class Parser(LightningArgumentParser):
             return f"{name} is missing: give --{name}, or a --config that has it"
         if "is abstract" in reason and (known := names_for(keys[-1] if keys else "")):
             return f"{field}: give one of {', '.join(known)}"
-        if found := re.search(r"Expected a typing.Literal\[(.+)\]\. Got value: (.+)", reason):
+        if found := re.search(r"Expected a <class 'collections.abc.Sequence'>\. Got value: (\S+)$", reason):
+            return f"{field}: expected a list, got {found[1]}: write [{found[1]}]"
+        if found := re.search(r"Expected a typing.Literal\[(.+?)\]\. Got value: (.+?)(?:\. Got value: .+)?$", reason):
             known = re.findall(r"'([^']+)'", found[1])
             return f"{field}: {found[2]!r} is none of {', '.join(known)}.{closest(found[2], known)}"
         kinds = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]

@@ -8,8 +8,10 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +19,45 @@ from torch import Tensor, nn
 
 ENCODERS = ("student.backbone.", "backbone.")
 """Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
+ENTRIES = ("state_dict", "model", "module", "teacher", "student", "model_ema", "state_dict_ema")
+"""Where training scripts keep a state dict. DINO's and iBOT's own evaluations take the teacher, those of others the model."""
 CHECKSUM = "unimim.checksum"
 """The key under which checkpoints and exports keep the `checksum` of their tensors."""
 FOLDER = 0x10
 """A bit in the zip's directory: torch reads zeros for an entry that has it, and no other checksum covers it."""
 CHANGED = f"its tensors are not those that were written; where that is meant, delete its entry {CHECKSUM!r}"
+RUNS = (
+    *(
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "shutil",
+        "socket",
+        "importlib",
+        "runpy",
+        "ctypes",
+        "pty",
+        "code",
+        "webbrowser",
+    ),
+    *("eval", "exec", "compile", "execfile", "open", "input", "apply", "__import__"),
+)
+"""Modules and built-in functions that no file of weights has a use for."""
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+"""Pickles name the types of tensors by them."""
 DEEPEST = 32
 """Levels of nested lists and dicts in plain data."""
 
@@ -38,13 +74,7 @@ def read_file(path: str | Path) -> Any:
             backbone what no file may say.
     """
     path = Path(path)
-    if is_in_shards(path):
-        check_shards(path)
-        raise ValueError(
-            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
-            f"{path} --output_file FILE"
-        )
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, inert=True)
     check_description(content, path)
     return content
 
@@ -70,7 +100,7 @@ def read_safetensors(path: Path) -> Any:
     return weights if described is None else {"state_dict": weights, "backbone": described}
 
 
-def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_location: Any = "cpu") -> Any:
+def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_location: Any = "cpu", inert: bool = False) -> Any:
     """Reads a file of `torch.save`, and verifies it.
 
     Of a zip, torch's format since 1.6, the CRC of every entry is verified, and the tensors by the checksum that our own
@@ -80,6 +110,7 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_locatio
         mmap: leaves the tensors of a zip on the disk until they are used.
         verify: False leaves the verification to a later call, where only some of many files will be used.
         map_location: where the tensors go, as in torch.load.
+        inert: whether the pickle may hold other objects, as official scripts save them; each becomes an `Inert`.
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`.
@@ -89,14 +120,17 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_locatio
         with torch.serialization.safe_globals([argparse.Namespace]):
             zipped = zipfile.is_zipfile(path)
             if not zipped or not verify:
-                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+                return unpickled(path, mmap and zipped, map_location, inert)
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
+                if inert and any(entry.filename.endswith("constants.pkl") for entry in entries):
+                    check_entries(archive, entries)
+                    return read_torchscript(archive)
                 check_directory(entries)
                 storages = [entry for entry in entries if "/data/" in entry.filename]
                 check_entries(archive, [entry for entry in entries if entry not in storages])
                 check_entries(archive, storages, read=False)
-                content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+                content = unpickled(path, mmap, map_location, inert)
                 if is_changed(content):
                     raise zipfile.BadZipFile(CHANGED)
                 if not isinstance(content, dict) or CHECKSUM not in content or not is_covered(content):
@@ -115,12 +149,38 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_locatio
         raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
 
 
+def unpickled(path: Path, mmap: bool, map_location: Any, inert: bool) -> Any:
+    """Returns the content of a file of `torch.save`: by torch's restricted unpickler, else by `InertUnpickler`.
+
+    Raises:
+        UnpicklingError: it holds other objects, and may not; what it holds is no dict.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as refused:
+        if not inert:
+            raise
+        try:
+            content = torch.load(path, map_location=map_location, weights_only=False, pickle_module=inert_pickle, mmap=mmap)
+        except Exception as error:  # an object for which `Inert` cannot stand
+            raise refused from error
+        if type(content) not in (dict, OrderedDict):
+            raise
+        return content
+
+
 def check_start(path: Path) -> None:
     """
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, or begins as no file of weights does.
+        ValueError: it is a folder of shards, the file is empty, or begins as no file of weights does.
     """
+    if is_in_shards(path):
+        check_shards(path)
+        raise ValueError(
+            f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
+            f"{path} --output_file FILE"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to read weights from")
     with path.open("rb") as file:
@@ -306,24 +366,56 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state_dict_in(read_file(path), path)
 
 
-def state_dict_in(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """Returns the tensors in the content of a file; a dict that wraps them in `state_dict`, `model` or `module` is opened.
-
-    Of a checkpoint of ours they are the encoder's.
+def state_dict_in(content: Any, path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """Returns the tensors in the content of a file, as `chosen_in` chooses them; of a checkpoint of ours, the encoder's.
 
     Raises:
-        ValueError: `path` holds something else than a state dict.
+        ValueError: as `chosen_in`.
     """
     if description(content):
         whole = content["state_dict"]
-        encoder = next((prefix for prefix in ENCODERS if any(key.startswith(prefix) for key in whole)), "")
-        content = {key.removeprefix(encoder): value for key, value in whole.items() if key.startswith(encoder)}
-    for key in ("state_dict", "model", "module"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise ValueError(f"{path} holds no state dict (a dict of names to tensors)")
-    return content
+        encoder = next((prefix for prefix in ENCODERS if any(name.startswith(prefix) for name in whole)), "")
+        return {name.removeprefix(encoder): value for name, value in whole.items() if name.startswith(encoder)}
+    return chosen_in(content, path, key)[0]
+
+
+def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Returns the state dict in the content of a file, and where it was found; empty where the file is nothing else.
+
+    Where a file has several, as one of DINO has a teacher and a student, the first of `ENTRIES` is taken.
+
+    Args:
+        key: the entry to take; of one within another, both with a dot between.
+
+    Raises:
+        ValueError: there is no state dict, or none at this entry.
+    """
+    whole, taken, beside = content, [], []
+    for entry in key.split(".") if key else ():
+        known = [name for name, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+        if entry not in known:
+            raise ValueError(
+                f"{path} has no entry {entry!r} to take weights from (checkpoint_key); it has {', '.join(map(str, known))}"
+            )
+        content = content[entry]
+        taken.append(entry)
+    while isinstance(content, dict) and not is_state_dict(content):
+        entries = [name for name in ENTRIES if isinstance(content.get(name), dict)]
+        if not entries:
+            break
+        content = content[entries[0]]
+        taken.append(entries[0])
+        beside += entries[1:]
+    if not is_state_dict(content):
+        names = f"; it has {', '.join(map(str, whole))}" if isinstance(whole, dict) and len(whole) < 30 else ""
+        raise ValueError(f"{path} holds no state dict (a dict of names to tensors){names}")
+    where = ".".join(taken)
+    return content, f"{where}, beside {' and '.join(beside)} (checkpoint_key takes another)" if beside else where
+
+
+def is_state_dict(content: Any) -> bool:
+    """Returns whether it is a dict of names to tensors."""
+    return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
 def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str | Path) -> None:
@@ -358,6 +450,100 @@ def misfits(module: nn.Module, state_dict: dict[str, Tensor], strict: bool = Tru
 def listed(**problems: list[str]) -> str:
     """Returns '2 missing (a, b); 1 unexpected (c)', the first few of each kind, or nothing."""
     return "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys)
+
+
+# Objects beside the weights
+
+
+class Inert(dict[Any, Any]):
+    """Stands for an object of any class in a file: nothing is imported by its name, and what it was made of is thrown away."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps the attributes of a module of TorchScript, for its tensors."""
+        if isinstance(state, dict):
+            self.update(state)
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        """Stands for what a call would give."""
+        return Inert()
+
+    def append(self, value: Any) -> None:
+        """Takes what a list or a set takes."""
+
+    extend = add = append
+
+
+class InertUnpickler(pickle.Unpickler):
+    """A pickle of whose names only those of tensors and plain containers are looked up; all others are `Inert`.
+
+    Nothing that a file names is imported or called. A name that no training script saves, and that could run code, ends the
+    reading all the same, because whoever wrote it meant no good.
+    """
+
+    plain: ClassVar[dict[str, tuple[str, ...]]] = {
+        "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
+        "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        "collections": ("OrderedDict",),
+        "argparse": ("Namespace",),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """
+        Raises:
+            UnpicklingError: the name is one of those that could run code.
+        """
+        if name in self.plain.get(module, ()):
+            return super().find_class(module, name)
+        if module.partition(".")[0] in RUNS or (module in ("builtins", "__builtin__") and name in RUNS):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return type(name, (Inert,), {"__module__": module})
+
+
+inert_pickle = SimpleNamespace(
+    Unpickler=InertUnpickler, load=lambda file, **options: InertUnpickler(file, **options).load(), __name__="inert"
+)
+"""What torch.load takes as a module of pickle."""
+
+
+def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    """Reads the tensors of a TorchScript archive, as CLIP's weights are published, by their names; its code is not run.
+
+    Raises:
+        UnpicklingError: it holds what is no data.
+    """
+    (place,) = (name.removesuffix("data.pkl") for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+
+    class Modules(InertUnpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "torch" and name in STORAGES:
+                return STORAGES[name]
+            return strided if name == "_rebuild_tensor_v2" else super().find_class(module, name)
+
+        def persistent_load(self, pid: Any) -> Tensor:
+            _, dtype, key, _, _ = pid
+            return torch.frombuffer(bytearray(archive.read(f"{place}data/{key}")), dtype=dtype)
+
+    def strided(storage: Tensor, offset: int, size: Any, stride: Any, *more: Any) -> Tensor:
+        return storage.as_strided(size, stride, offset)
+
+    found: dict[str, Tensor] = {}
+
+    def collect(part: Any, name: str) -> None:
+        for key, value in part.items():
+            if isinstance(value, Tensor):
+                found[f"{name}{key}"] = value
+            elif isinstance(value, Inert):
+                collect(value, f"{name}{key}.")
+
+    with archive.open(f"{place}data.pkl") as file:
+        collect(Modules(file).load(), "")
+    return found
 
 
 # Shards

@@ -18,6 +18,7 @@ from unimim.backbones import check_image_size, check_timm_model, checkpoint_acti
 from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
+from unimim.interfaces import RGB
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
@@ -39,6 +40,9 @@ class FineTuning(Task):
         backbone: a timm name, or a timm model with a classifier, such as
             `load_backbone(path, num_classes=10, global_pool="avg")`. Pixels are normalized by its `pretrained_cfg`.
         checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
         num_classes: of a named backbone's classifier.
         model_args: further arguments of a named backbone, such as `drop_path_rate`.
         lr: peak learning rate of the head, absolute, at `recipe_batch` images a step (BEiT v2, ViT-B: 5e-4 at 1024).
@@ -55,7 +59,8 @@ class FineTuning(Task):
         mixup: its alpha (BEiT v2: 0.8); 0 is none. With `cutmix`, one of the two is drawn for every batch.
         cutmix: its alpha (BEiT v2: 1.0); 0 is none.
         erasing: probability of random erasing, of an image (BEiT v2: 0.25).
-        head_init_scale: factor on a new classifier's weights (BEiT v2: 0.001); one from a file stays as it is.
+        head_init_scale: factor on a new classifier's weights (MAE: 0.001; 1 for BEiT, whose 0.001 timm applies by itself); one
+            from a file stays as it is.
         checkpointing: less memory for more time: activations are computed again in the backward pass.
         max_skipped_updates: updates whose loss or gradient is NaN or infinite change nothing; more than this many end the run.
 
@@ -91,6 +96,9 @@ class FineTuning(Task):
         head_init_scale: float = 1.0,
         checkpointing: bool = False,
         max_skipped_updates: int = 0,
+        checkpoint_key: str | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -121,7 +129,7 @@ class FineTuning(Task):
             if checkpoint is None:
                 self.backbone = create_backbone(backbone, given)
             else:
-                self.backbone = load_backbone(checkpoint, backbone=backbone, **given)
+                self.backbone = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **given)
                 given = self.backbone.load_report.backbone["model_args"]  # with those it was pretrained with
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:

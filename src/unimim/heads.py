@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimim.initialization import OfHead, check_init, initialize_head
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
 from unimim.selection import count_of, inverse, pick, places, put, rows, told
@@ -22,17 +23,19 @@ class LinearHead(Head):
     Args:
         student: gives d, the width of the tokens.
         target: gives c, the channels to predict.
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: on use, hidden patches are to be predicted from the tokens of the visible ones.
     """
 
-    def __init__(self, student: Student, target: TargetGenerator) -> None:
+    def __init__(self, student: Student, target: TargetGenerator, init: OfHead = "student") -> None:
         super().__init__(student, target)
         self.num_prefix_tokens = student.num_prefix_tokens
         self.linear = nn.Linear(student.embed_dim, target.dim)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
+        begin(self, student, init)
 
     def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
         """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> [m c]"""
@@ -48,12 +51,20 @@ class PrototypeHead(Head):
         target: gives c, the number of prototypes.
         hidden: width of the MLP's first two layers (iBOT: 2048).
         bottleneck: width of its last layer, and of a prototype (iBOT: 256).
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: as `LinearHead`.
     """
 
-    def __init__(self, student: Student, target: TargetGenerator, hidden: int = 2048, bottleneck: int = 256) -> None:
+    def __init__(
+        self,
+        student: Student,
+        target: TargetGenerator,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        init: OfHead = "student",
+    ) -> None:
         super().__init__(student, target)
         check_positive("model.head", hidden=hidden, bottleneck=bottleneck)
         self.num_prefix_tokens = student.num_prefix_tokens
@@ -65,6 +76,7 @@ class PrototypeHead(Head):
             nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(torch.empty(target.dim, bottleneck))
         nn.init.normal_(self.prototypes)
+        begin(self, student, init)
 
     def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
         """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> cosines [m c]"""
@@ -79,6 +91,8 @@ class Decoder(Head):
         student: gives d, the grid and whether it drops patches; one that does not has mask tokens of its own.
         target: gives c, the channels to predict.
         width, depth, num_heads: of the decoder (MAE and MILAN: 512, 8, 16).
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way. With "timm" they
+            begin as in MAE's code.
 
     Raises:
         ValueError: the width is no multiple of 4 (positions) or of `num_heads`, or a number is below 1.
@@ -87,7 +101,13 @@ class Decoder(Head):
     positions: Tensor
 
     def __init__(
-        self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
+        self,
+        student: Student,
+        target: TargetGenerator,
+        width: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        init: OfHead = "student",
     ) -> None:
         super().__init__(student, target)
         check_positive("model.head", width=width, depth=depth, num_heads=num_heads)
@@ -104,6 +124,8 @@ class Decoder(Head):
         if student.drops_patches:
             self.mask_token = nn.Parameter(torch.zeros(width))
             nn.init.normal_(self.mask_token, std=0.02)
+        self.decayed = student.decayed
+        begin(self, student, init)
 
     @abstractmethod
     def block(self, width: int, num_heads: int) -> nn.Module:
@@ -138,6 +160,7 @@ class DecoderHead(Decoder):
         width: of the decoder's tokens (MAE: 512).
         depth: its blocks (MAE: 8).
         num_heads: of their attention (MAE: 16).
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
     """
 
     def block(self, width: int, num_heads: int) -> nn.Module:
@@ -145,9 +168,15 @@ class DecoderHead(Decoder):
         return Block(width, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
 
     def __init__(
-        self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
+        self,
+        student: Student,
+        target: TargetGenerator,
+        width: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        init: OfHead = "student",
     ) -> None:
-        super().__init__(student, target, width, depth, num_heads)
+        super().__init__(student, target, width, depth, num_heads, init)
         self.last_block = told(self.blocks[-1], self.num_prefix_tokens)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -169,17 +198,24 @@ class PromptingDecoderHead(Decoder):
         width: of the decoder's tokens (MILAN: 512).
         depth: its blocks (MILAN: 8).
         num_heads: of their attention (MILAN: 16).
+        init: how the weights begin, by its name in `unimim.initialization`; "student" is the student's way.
 
     Raises:
         ValueError: the student does not drop patches; and as `Decoder`.
     """
 
     def __init__(
-        self, student: Student, target: TargetGenerator, width: int = 512, depth: int = 8, num_heads: int = 16
+        self,
+        student: Student,
+        target: TargetGenerator,
+        width: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        init: OfHead = "student",
     ) -> None:
         if not student.drops_patches:
             raise ValueError("model.head: PromptingDecoderHead needs a student that drops patches, VisibleStudent")
-        super().__init__(student, target, width, depth, num_heads)
+        super().__init__(student, target, width, depth, num_heads, init)
 
     def block(self, width: int, num_heads: int) -> nn.Module:
         """MILAN's."""
@@ -218,6 +254,16 @@ class PromptingBlock(nn.Module):
         hidden = hidden + self.attention(queries, context, context, need_weights=False)[0]
         updated: Tensor = hidden + self.mlp(self.norm2(hidden))
         return updated
+
+
+def begin(head: Head, student: Student, init: OfHead) -> None:
+    """Gives a head its first weights, those of `init`, which may be the student's.
+
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    check_init("model.head.init", init, OfHead)
+    initialize_head(head, student.init if init == "student" else init)
 
 
 def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens: int) -> Tensor:

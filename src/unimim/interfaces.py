@@ -215,6 +215,10 @@ class Student(nn.Module, ABC):
     """Whether the tokens are those of the visible patches only, [b prefix+visible d]."""
     last_block: LastBlock | None = None
     """Of the backbone, where that can leave out patches whose token no one looks at."""
+    init: str = "timm"
+    """How the weights began, by its name in `unimim.initialization`, which heads follow."""
+    decayed: tuple[str, ...] = ()
+    """The tokens, positions and bias tables that get weight decay, by the last part of their parameter's name."""
     mean: Tensor
     std: Tensor
 
@@ -300,6 +304,8 @@ class Head(nn.Module, ABC):
 
     last_block: LastBlock | None = None
     """Of a decoder, where that can leave out patches whose prediction no one looks at."""
+    decayed: tuple[str, ...] = ()
+    """The tokens that get weight decay: a decoder's mask token, where the student says so."""
 
     @abstractmethod
     def __init__(self, student: Student, target: TargetGenerator) -> None:

@@ -48,14 +48,28 @@ def check_warmup(warmup_epochs: float) -> None:
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: what learns in `modules`, with weight decay and without.
 
-    1-D parameters, positions and tokens do not decay.
+    1-D parameters, positions and tokens do not decay, but for those that a student names in `decayed`. (The official codes
+    keep tokens as [1 1 d] and spare 1-D parameters, so that a token decays unless their own list spares it; which ones do is
+    said in `unimim.initialization`.)
     """
     groups: dict[float, dict[str, Any]] = {}
     for module in modules:
+        named = {id(parameter) for parameter in decayed(module)}
         for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed(module)):
-            merged = groups.setdefault(group["weight_decay"], {"params": [], "weight_decay": group["weight_decay"]})
-            merged["params"].extend(group["params"])
+            for parameter in group["params"]:
+                rate = weight_decay if id(parameter) in named else group["weight_decay"]
+                groups.setdefault(rate, {"params": [], "weight_decay": rate})["params"].append(parameter)
     return list(groups.values())
+
+
+def decayed(module: nn.Module) -> list[nn.Parameter]:
+    """What the students and heads within `module` name in their `decayed`."""
+    return [
+        parameter
+        for part in module.modules()
+        for name, parameter in part.named_parameters()
+        if name.rpartition(".")[2] in getattr(part, "decayed", ())
+    ]
 
 
 def undecayed(module: nn.Module) -> set[str]:

@@ -60,7 +60,7 @@ class MaskedImageModeling(Task):
         betas: AdamW's. They are BEiT v2's for 300 epochs, the paper's are unknown.
         weight_decay: AdamW's (the paper: 0.05).
         warmup_epochs: epochs (or a part of one) of linear warm-up (BEiT v2: 10).
-        warmup_lr: where it begins, absolute (BEiT v2: 1e-6).
+        warmup_lr: where it begins, absolute (BEiT v2 begins at 0: its schedule never sees the script's option of 1e-6).
         min_lr: where the cosine ends (BEiT v2: 1e-5).
         checkpointing: less memory for more time: the student's activations are computed again in the backward pass.
         compiled: whether `torch.compile` makes one kernel of several in each block of student, teacher and head: the first step

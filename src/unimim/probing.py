@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, check_pixels, checked
 from unimim.checkpoint import load_backbone
-from unimim.interfaces import Frozen, check_positive
+from unimim.interfaces import RGB, Frozen, check_positive
 from unimim.launching import check_callbacks, check_processes, check_resumed
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
 from unimim.processor import sparing
@@ -269,15 +269,25 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).float().mean())
 
 
-def loaded(backbone: str | nn.Module) -> Any:
-    """A backbone by the name of its file, or of timm's weights, or as it is.
+def loaded(
+    backbone: str | nn.Module,
+    checkpoint: str | None,
+    checkpoint_key: str | None,
+    mean: RGB | None,
+    std: RGB | None,
+    model_args: dict[str, Any] | None,
+) -> Any:
+    """A backbone by the name of its file, or of timm's weights; by the name of its architecture and a file; or as it is.
 
     Raises:
-        ValueError: it is no timm model; and as `load_backbone`.
+        ValueError: it is no timm model, and as `load_backbone`; what belongs to a file is given beside a model.
     """
     if isinstance(backbone, str):
-        return load_backbone(backbone)
+        source, name = (backbone, None) if checkpoint is None else (checkpoint, backbone)
+        return load_backbone(source, name, True, checkpoint_key, mean, std, **(model_args or {}))
     check_timm_model("model.backbone", backbone)
+    if any(value is not None for value in (checkpoint, checkpoint_key, mean, std, model_args)):
+        raise ValueError("model.checkpoint, checkpoint_key, mean, std and model_args are for a backbone given by its name")
     return uncompiled(backbone)
 
 
@@ -517,6 +527,11 @@ class LinearProbe(Probe):
         momentum: SGD's.
         weight_decay: SGD's (MAE: 0).
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (MAE: 10 of 90; DINO: none).
+        checkpoint: a file that does not say which backbone it holds; `backbone` is its timm name then.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: as `Probe`, or the CLS token of a backbone that has none.
@@ -531,17 +546,22 @@ class LinearProbe(Probe):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         warmup_epochs: float = 10,
+        checkpoint: str | None = None,
+        checkpoint_key: str | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
+        model_args: dict[str, Any] | None = None,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"model.momentum is at least 0 and below 1, got {momentum}")
-        encoder = loaded(backbone)
+        encoder = loaded(backbone, checkpoint, checkpoint_key, mean, std, model_args)
         check_feature(encoder, feature)
         dim: Any = encoder.num_features
         linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         super().__init__(encoder, linear, num_classes, lrs, weight_decay, warmup_epochs)
-        self.save_hyperparameters(ignore=["backbone"])
+        self.save_hyperparameters(ignore=["backbone", "checkpoint"])
         self.feature: Feature = feature
         self.momentum = momentum
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
@@ -569,6 +589,11 @@ class AttentiveProbe(Probe):
         betas: AdamW's.
         weight_decay: AdamW's (V-JEPA: 0.001); 1-D parameters do not decay.
         warmup_epochs: epochs (or a part of one) of linear warm-up from 0 (V-JEPA: none).
+        checkpoint: a file that does not say which backbone it holds; `backbone` is its timm name then.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
+        model_args: further arguments of the timm model.
 
     Raises:
         ValueError: as `Probe`, or a width that the heads do not divide.
@@ -583,8 +608,13 @@ class AttentiveProbe(Probe):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-3,
         warmup_epochs: float = 0,
+        checkpoint: str | None = None,
+        checkpoint_key: str | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
+        model_args: dict[str, Any] | None = None,
     ) -> None:
-        encoder = loaded(backbone)
+        encoder = loaded(backbone, checkpoint, checkpoint_key, mean, std, model_args)
         dim: Any = encoder.num_features
         check_positive("model", num_heads=num_heads)
         if dim % num_heads:
@@ -592,7 +622,7 @@ class AttentiveProbe(Probe):
         pooling = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
         head = nn.Sequential(pooling, nn.Linear(dim, num_classes))
         super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs, betas)
-        self.save_hyperparameters(ignore=["backbone"])
+        self.save_hyperparameters(ignore=["backbone", "checkpoint"])
         self.betas = betas
 
     def inputs(self, tokens: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
-from unimim.checkpoint import agreeing_classes, by, describe_network, load_backbone
+from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.faults import SkipNonFinite, guarded
-from unimim.interfaces import IGNORED, Grid
+from unimim.fitting import by
+from unimim.interfaces import IGNORED, RGB, Grid
 from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
 from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
@@ -49,6 +50,9 @@ class UperNetSegmentation(Task):
         backbone: a timm name, or a timm model such as `load_backbone(path, img_size=512)`, from which the pyramid takes what
             it does not use. Pixels are normalized by its `pretrained_cfg`.
         checkpoint: where a named backbone's weights come from: a file that `load_backbone` takes. None trains from scratch.
+        checkpoint_key: the entry of that file to take, as in `load_backbone`.
+        mean: of the pixels in [0, 1], where the file does not say it.
+        std: likewise.
         num_classes: of the labels (ADE20K: 150).
         model_args: further arguments of a named backbone, such as `img_size` (the crops' size) and `drop_path_rate`.
         blocks: the four blocks of a ViT whose features are used, from 0; None takes `FeaturePyramid`'s.
@@ -116,6 +120,9 @@ class UperNetSegmentation(Task):
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         max_skipped_updates: int = 0,
+        checkpoint_key: str | None = None,
+        mean: RGB | None = None,
+        std: RGB | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -150,7 +157,7 @@ class UperNetSegmentation(Task):
             if checkpoint is None:
                 network = create_backbone(backbone, given)
             else:
-                network = load_backbone(checkpoint, backbone=backbone, **given)
+                network = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **given)
                 given = network.load_report.backbone["model_args"]  # with those it was pretrained with
             told = given.get("img_size")
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file

@@ -1,6 +1,7 @@
 """S, the student: an untouched timm backbone and the hook through which it sees the corrupted image."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange, repeat
@@ -9,8 +10,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from unimim.initialization import SCHEMES, Init, Token, check_init, fill_positions, initialize_backbone
 from unimim.interfaces import RGB, Student
-from unimim.positions import sincos_positions
 from unimim.selection import inverse, last_block, pick, places
 
 
@@ -24,9 +25,15 @@ class MaskTokenStudent(Student):
         model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
         mean: of the pixels in [0, 1], by which the student normalizes them (ImageNet's unless the recipe says otherwise).
         std: their standard deviation, likewise.
+        init: how the weights begin: as timm has them, or as an official code has them, "beit" (BEiT, BEiT v2, data2vec, EVA),
+            "simmim_vit" (also feature distillation), "simmim_swin", "mae" (also MILAN, dBOT, MaskAlign), "maskfeat" or "ibot".
+            Values and sources stand in `unimim.initialization`. The head follows, unless it has its own.
+        decayed: parameters that get weight decay though tokens, positions and bias tables commonly get none, as in the official
+            code: `cls_token`, `mask_token` (a decoder's too), `pos_embed`, `relative_position_bias_table`.
 
     Raises:
-        ValueError: timm has no such name or argument, or the backbone does not start with a patch embedding.
+        ValueError: timm has no such name or argument, the backbone does not start with a patch embedding, or `init` or
+            `decayed` is unknown or not for this backbone.
     """
 
     def __init__(
@@ -35,12 +42,17 @@ class MaskTokenStudent(Student):
         model_args: dict[str, Any] | None = None,
         mean: RGB = IMAGENET_DEFAULT_MEAN,
         std: RGB = IMAGENET_DEFAULT_STD,
+        init: Init = "timm",
+        decayed: Sequence[Token] = (),
     ) -> None:
         super().__init__(backbone, model_args, mean, std)
         patch_embed: Any = self.backbone.patch_embed
         refuse_mixing(self)
         self.mask_token = nn.Parameter(torch.zeros(patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        begin(self, init, decayed)
+        if init != "timm":
+            SCHEMES[init].mask_token(self.mask_token)
         self._mask: Tensor | None = None
         patch_embed.register_forward_hook(self._insert)
         self.last_block = last_block(self.backbone)
@@ -79,9 +91,15 @@ class VisibleStudent(Student):
         mean: of the pixels in [0, 1], by which the student normalizes them (ImageNet's unless the recipe says otherwise).
         std: their standard deviation, likewise.
         positions: "learned", or "sincos" for MAE's fixed table.
+        init: how the weights begin: as timm has them, or as an official code has them, "beit" (BEiT, BEiT v2, data2vec, EVA),
+            "simmim_vit" (also feature distillation), "simmim_swin", "mae" (also MILAN, dBOT, MaskAlign), "maskfeat" or "ibot".
+            Values and sources stand in `unimim.initialization`. The head follows, unless it has its own.
+        decayed: parameters that get weight decay though tokens, positions and bias tables commonly get none, as in the official
+            code: `cls_token`, `mask_token` (a decoder's too), `pos_embed`, `relative_position_bias_table`.
 
     Raises:
-        ValueError: timm has no such name or argument, the backbone cannot drop patches, or has no positions to fill.
+        ValueError: timm has no such name or argument, the backbone cannot drop patches, or has no positions to fill, or
+            `init` or `decayed` is unknown or not for this backbone.
     """
 
     drops_patches = True
@@ -93,17 +111,19 @@ class VisibleStudent(Student):
         mean: RGB = IMAGENET_DEFAULT_MEAN,
         std: RGB = IMAGENET_DEFAULT_STD,
         positions: Literal["learned", "sincos"] = "learned",
+        init: Init = "timm",
+        decayed: Sequence[Token] = (),
     ) -> None:
         super().__init__(backbone, model_args, mean, std)
         if not isinstance(self.backbone, (VisionTransformer, Eva)):
             raise ValueError(f"{backbone} needs the whole grid and cannot drop patches: use MaskTokenStudent, or a ViT or EVA")
         refuse_mixing(self)
+        begin(self, init, decayed)
         if positions == "sincos":
-            table = self.backbone.pos_embed
-            if table is None:
+            if self.backbone.pos_embed is None:
                 raise ValueError(f"positions='sincos': {backbone} has no table of positions to fill")
-            prefix = table.shape[1] - self.grid_size[0] * self.grid_size[1]
-            table.requires_grad_(False).copy_(sincos_positions(self.embed_dim, self.grid_size, prefix))
+            fill_positions(self.backbone, None)
+            self.backbone.pos_embed.requires_grad_(False)
         elif positions != "learned":
             raise ValueError(f"model.student.positions is {positions!r}, known are 'learned' and 'sincos'")
         self._mask: Tensor | None = None
@@ -140,6 +160,19 @@ class KeptIndices(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """[b prefix+n d] -> the same, None"""
         return tokens, None
+
+
+def begin(student: Student, init: Init, decayed: Sequence[Token]) -> None:
+    """Gives a student its first weights and notes what the head and the optimizer will ask for.
+
+    Raises:
+        ValueError: `init` or `decayed` is unknown, or not for this backbone.
+    """
+    check_init("model.student.init", init)
+    if unknown := [name for name in decayed if name not in get_args(Token)]:
+        raise ValueError(f"model.student.decayed has {unknown}, known are {', '.join(get_args(Token))}")
+    initialize_backbone(student.backbone, init)
+    student.init, student.decayed = init, tuple(decayed)
 
 
 def refuse_mixing(student: Student) -> None:

@@ -30,7 +30,8 @@ class ImageFolderData(pl.LightningDataModule):
     of both serve the k-NN callback. Any other folder may be nested or flat.
 
     The augmentation is MAE's and BEiT v2's: a random crop resized to `image_size`, a horizontal flip, and colour jitter if
-    asked for. Jitter comes last and not first, as in BEiT's code, because it is cheaper on the crop than on the photo.
+    asked for. Jitter comes last, because it is cheaper on the crop than on the photo. BEiT's code jitters first: there contrast
+    turns about the mean of the whole photo, here about the mean of the crop.
 
     Args:
         root: the folder.

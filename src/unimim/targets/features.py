@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from einops import rearrange, reduce
+from pytorch_lightning.utilities import rank_zero_info
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_name, check_object, create_backbone, own_seed
-from unimim.files import description, load_strictly, read_file, state_dict_in
+from unimim.files import chosen_in, description, load_strictly, read_file, state_dict_in
+from unimim.fitting import fit
+from unimim.initialization import Init, check_init, initialize_backbone
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
 from unimim.selection import last_block
@@ -24,10 +27,10 @@ class FeatureTarget(TargetGenerator):
     Args:
         network: a timm name, such as `vit_base_patch16_clip_quickgelu_224.openai` or `vit_base_patch16_224.dino`; or an
             `nn.Module` of yours that maps [b 3 H' W'] to a feature map [b c h' w'], which needs `dim`, `mean` and `std`.
-        weights: None takes timm's pretrained weights from the hub; a path loads a state dict strictly, or the encoder in a
-            checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the next); "random"
-            draws a timm network's with a seed of its own, the same in every process and in a run that goes on (frozen
-            weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
+        weights: None takes timm's pretrained weights from the hub; a path loads any file that `load_backbone` reads, or the
+            encoder in a checkpoint of this package's pretraining (dBOT's stages: the student of one is the teacher of the
+            next); "random" draws a timm network's with a seed of its own, the same in every process and in a run that goes on
+            (frozen weights are in no checkpoint). A module of yours comes with its weights, unless a path is given.
         layer: index of the block (timm networks), from 0, or from the end if negative.
         norm: whether the network's final norm follows the block; in CLIP that is `ln_post`.
         project: whether the network's linear head follows the norm; in CLIP that is the projection to 512 (ViT-B).
@@ -37,10 +40,13 @@ class FeatureTarget(TargetGenerator):
         std: their standard deviation, likewise.
         dim: c; None asks timm.
         model_args: further arguments of the timm model.
+        checkpoint_key: the entry of the file to take, where it has several, as in `load_backbone`.
+        init: how weights "random" begin, by its name in `unimim.initialization`; other weights are not touched.
 
     Raises:
-        ValueError: unknown name, a class in place of a network, weights that do not fit or cannot be had, an argument that the
-            network has no use for; on use, grids that do not meet, or a size or a norm that the timm model does not take.
+        ValueError: unknown name or `init`, a class in place of a network, weights that do not fit or cannot be had, an
+            argument that the network has no use for; on use, grids that do not meet, or a size or a norm that the timm model
+            does not take.
         FileNotFoundError: there is no file at `weights`.
     """
 
@@ -59,8 +65,11 @@ class FeatureTarget(TargetGenerator):
         std: RGB | None = None,
         dim: int | None = None,
         model_args: dict[str, Any] | None = None,
+        checkpoint_key: str | None = None,
+        init: Init = "timm",
     ) -> None:
         super().__init__()
+        check_init("model.teacher.init", init)
         self.is_timm = isinstance(network, str)
         if not self.is_timm:
             check_object("model.teacher.network", network, nn.Module, "unimim.EfficientNetLite0(), or the name of a timm model")
@@ -80,6 +89,8 @@ class FeatureTarget(TargetGenerator):
         if self.is_timm:
             with own_seed():
                 module = create_backbone(self.name, model_args or {}, pretrained=weights is None)
+                if weights == "random":
+                    initialize_backbone(module, init)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
                 raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
@@ -88,10 +99,12 @@ class FeatureTarget(TargetGenerator):
             if dim not in (None, channels):
                 raise ValueError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
             dim = channels
+            if content is not None:
+                self._fill(module, content, str(weights), model_args or {}, checkpoint_key)
             mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
-        elif (layer, norm, project, model_args) != (-1, True, False, None) or weights == "random":
+        elif (layer, norm, project, model_args, init) != (-1, True, False, None, "timm") or weights == "random":
             raise ValueError(
-                f"model.teacher: layer, norm, project, model_args and weights='random' are for timm's networks; "
+                f"model.teacher: layer, norm, project, model_args, init and weights='random' are for timm's networks; "
                 f"{self.name} is your own"
             )
         if dim is None or mean is None or std is None:
@@ -99,8 +112,8 @@ class FeatureTarget(TargetGenerator):
         check_statistics("model.teacher", mean, std)
         if resolution is not None:
             check_positive("model.teacher", resolution=resolution)
-        if content is not None:
-            load_strictly(module, state_dict_in(content, str(weights)), str(weights))
+        if content is not None and not self.is_timm:
+            load_strictly(module, state_dict_in(content, str(weights), checkpoint_key), str(weights))
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
@@ -112,6 +125,13 @@ class FeatureTarget(TargetGenerator):
         self._is_hooked = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def _fill(self, network: Any, content: Any, source: str, model_args: dict[str, Any], checkpoint_key: str | None) -> None:
+        """Loads weights in any layout that `load_backbone` reads; of a checkpoint of ours, the encoder."""
+        ours = description(content)
+        state_dict, entry = (content["state_dict"], "") if ours else chosen_in(content, source, checkpoint_key)
+        report = fit(network, state_dict, {**(ours or {}), "name": self.name}, model_args, source, entry=entry)
+        rank_zero_info(str(report))
 
     def _projected(self, network: Any, layer: int, norm: bool) -> int:
         head = getattr(network, "head", None)
