@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from unimim.callbacks import KNNCallback as KNNCallback
     from unimim.callbacks import PictureCallback as PictureCallback
     from unimim.callbacks import TrainingBar as TrainingBar
-    from unimim.checkpoint import LoadReport as LoadReport
     from unimim.checkpoint import export as export
     from unimim.checkpoint import load_backbone as load_backbone
     from unimim.data.classification import ClassFolderData as ClassFolderData
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
     from unimim.faults import StopOnSignal as StopOnSignal
     from unimim.finetuning import FineTuning as FineTuning
+    from unimim.fitting import LoadReport as LoadReport
     from unimim.heads import DecoderHead as DecoderHead
     from unimim.heads import LinearHead as LinearHead
     from unimim.heads import PromptingDecoderHead as PromptingDecoderHead
@@ -98,7 +98,7 @@ MODULE_OF = {
     "LayerNorm": "normalizations",
     "LinearHead": "heads",
     "LinearProbe": "probing",
-    "LoadReport": "checkpoint",
+    "LoadReport": "fitting",
     "MaskTokenStudent": "students",
     "MaskedImageModeling": "pretraining",
     "Masking": "interfaces",

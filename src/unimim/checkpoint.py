@@ -101,7 +101,7 @@ def load_backbone(
     """
     if backbone is None and is_name(source):
         published = create_backbone(str(source), {}, pretrained=True)
-        described = {"name": str(source), "model_args": {}, "mean": mean, "std": std}
+        described: dict[str, Any] = {"name": str(source), "model_args": {}, "mean": mean, "std": std}
         return filled(published.state_dict(), described, source, strict, model_args)
     return from_content(read_file(source), source, backbone, strict, checkpoint_key, mean, std, **model_args)
 

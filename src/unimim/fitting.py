@@ -157,7 +157,7 @@ def fit(
     expected = backbone.state_dict()
     translated = renamed(state_dict, expected)
     layout = translated.layout
-    sources = {
+    sources: dict[str, Any] = {
         "the file's, or given": (described.get("mean"), described.get("std")),
         f"{layout.name}'s" if layout else "": (layout.statistics if layout else None) or (None, None),
         "those of the training script": described.get("script") or (None, None),
