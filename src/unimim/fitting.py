@@ -185,11 +185,14 @@ def of_the_file(by_name: dict[str, dict[str, str]], translated: Renamed, prefix:
     kinds["dropped"] |= translated.left_out
     for kind, notes in by_name.items():
         for name, note in notes.items():
-            for key in translated.sources.get(name, [name]) if kind in FILE_KINDS else [name]:
+            if kind not in FILE_KINDS:  # the model's own key: the file may have dropped one of that name
+                kinds[kind][name] = note
+                continue
+            for key in translated.sources.get(name, [name]):
                 new = kind == "loaded" and key != name
                 into = f"into {name.removeprefix(prefix)}" if key != name and kind in ("loaded", "resized", "renamed") else ""
                 told = ", ".join(filter(None, (note, into if "into" not in note else "")))
-                if not any(key in others for others in kinds.values()):
+                if not any(key in kinds[other] for other in FILE_KINDS):
                     kinds["renamed" if new else kind][key] = told
     return kinds
 
