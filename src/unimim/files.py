@@ -388,7 +388,7 @@ def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[d
         key: the entry to take; of one within another, both with a dot between.
 
     Raises:
-        ValueError: there is no state dict, or none at this entry.
+        ValueError: there is no state dict, or none at this entry, or other objects stand among its tensors.
     """
     whole, taken, beside = content, [], []
     for entry in key.split(".") if key else ():
@@ -406,6 +406,8 @@ def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[d
         content = content[entries[0]]
         taken.append(entries[0])
         beside += entries[1:]
+    if isinstance(content, dict) and {Tensor, Inert} <= {base for value in content.values() for base in type(value).__mro__}:
+        raise ValueError(f"{path} is refused: its pickle holds more than tensors and plain data among its weights")
     if not is_state_dict(content):
         names = f"; it has {', '.join(map(str, whole))}" if isinstance(whole, dict) and len(whole) < 30 else ""
         raise ValueError(f"{path} holds no state dict (a dict of names to tensors){names}")
