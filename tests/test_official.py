@@ -92,6 +92,17 @@ def test_every_key_of_a_file_is_accounted_for(case: dict[str, Any]) -> None:
     assert all(report.dropped.values())
 
 
+def test_a_key_that_the_file_leaves_out_hides_no_missing_one(tmp_path: Path) -> None:
+    """A model's key is missing although the file has a key of that name, which its layout gives to something else."""
+    (case,) = (case for case in CASES if case["name"] == "clip_state_dict_fp16")
+    weights = {key: value for key, value in read_file(HERE / case["file"]).items() if not key.startswith("visual.ln_post.")}
+    torch.save(weights | {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}, tmp_path / "clip.pth")
+    with pytest.raises(ValueError, match=r"2 missing \(norm.weight, norm.bias\)"):
+        unimim.load_backbone(tmp_path / "clip.pth", backbone=case["timm"], **case["model_args"])
+    model = unimim.load_backbone(tmp_path / "clip.pth", backbone=case["timm"], strict=False, **case["model_args"])
+    assert {*model.load_report.missing} == {"norm.weight", "norm.bias"} <= model.load_report.dropped.keys()
+
+
 def test_one_of_several_state_dicts_is_chosen_and_said() -> None:
     (case,) = (case for case in CASES if case["name"] == "dino_checkpoint")
     read = {"backbone": case["timm"], **case["model_args"]}

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from timm.data import Mixup
@@ -15,14 +14,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
-from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
+from unimim.batches import check_classes, check_images, check_labelled, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
-from unimim.faults import SkipNonFinite, guarded
+from unimim.faults import SkipNonFinite
 from unimim.interfaces import RGB
-from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
+from unimim.launching import check_processes, step_in_words
 from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
 from unimim.processor import sparing
-from unimim.randomness import accumulated, exact_resume
+from unimim.randomness import accumulated
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.waiting import log_loss
@@ -250,14 +249,6 @@ class FineTuning(Task):
         optimizer = fused_adamw(groups, lr, self.betas)
         return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
-
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
-        """
-        check_callbacks(self.trainer)
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
-
     def check_batch(self, batch: Any) -> None:
         """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
 
@@ -312,7 +303,7 @@ class FineTuning(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` needs, the names of the classes, and the last metrics; what is not finite is not saved."""
-        self.guard.check_saved(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         described = describe_network(self.backbone, self.hparams, self.mean, self.std)
         if described is not None:
             checkpoint["backbone"] = described
@@ -327,7 +318,6 @@ class FineTuning(Task):
             ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
         super().on_load_checkpoint(checkpoint)
-        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

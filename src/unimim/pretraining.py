@@ -11,19 +11,18 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from unimim.backbones import check_object, checkpoint_activations
-from unimim.batches import check_pixels, checked, images_in
+from unimim.batches import check_pixels, images_in
 from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
-from unimim.faults import SkipNonFinite, guarded
+from unimim.faults import SkipNonFinite
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
+from unimim.launching import check_processes, step_in_words
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
 from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
 from unimim.printing import printable
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
 from unimim.selection import LastBlock, counted, inverse, only, pick
 from unimim.sharding import blocks, broadcast_parameters, shard
 from unimim.task import Task
@@ -370,18 +369,8 @@ class MaskedImageModeling(Task):
             iter(trainer.fit_loop._data_fetcher)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, what makes a resumed run exact, the look at the first batch, and what
-        the teacher brings.
-
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
-        """
-        check_callbacks(self.trainer)
-        return [
-            *guarded(self.trainer, self.guard),
-            *exact_resume(self.trainer),
-            *checked(self.trainer),
-            *self.teacher.callbacks(),
-        ]
+        """Adds what the teacher brings to those of every task."""
+        return [*super().configure_callbacks(), *self.teacher.callbacks()]
 
     def check_batch(self, batch: Any) -> None:
         """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
@@ -404,17 +393,9 @@ class MaskedImageModeling(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` needs to know, and the metrics as last measured; what is not finite is not saved."""
-        self.guard.check_saved(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         checkpoint["backbone"] = describe_backbone(self.student)
         checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: as `check_resumed`.
-        """
-        super().on_load_checkpoint(checkpoint)
-        check_resumed(self, checkpoint)
 
     # What a person sees
 

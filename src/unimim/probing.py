@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from einops import rearrange, reduce
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
@@ -18,13 +17,12 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from unimim.backbones import check_image_size, check_timm_model, uncompiled
-from unimim.batches import check_classes, check_images, check_labelled, check_pixels, checked
+from unimim.batches import check_classes, check_images, check_labelled, check_pixels
 from unimim.checkpoint import load_backbone
 from unimim.interfaces import RGB, Frozen, check_positive
-from unimim.launching import check_callbacks, check_processes, check_resumed
+from unimim.launching import check_processes
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
 from unimim.processor import sparing
-from unimim.randomness import exact_resume
 from unimim.task import Task
 from unimim.waiting import may_wait
 
@@ -350,14 +348,6 @@ class Probe(Task, ABC):
         of_rates = [f"{what}_lr_{lr:g}" for what in ("train/loss", "val/acc1") for lr in self.lrs]
         return ["train/loss", "val/acc1", "val/best_lr", *of_rates]
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """What makes a resumed run exact, and the look at the first batch.
-
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has neither.
-        """
-        check_callbacks(self.trainer)
-        return [*exact_resume(self.trainer), *checked(self.trainer)]
-
     def check_batch(self, batch: Any) -> None:
         """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
 
@@ -494,7 +484,6 @@ class Probe(Task, ABC):
         Raises:
             ValueError: the checkpoint is of no probe, of one with other heads, or on another backbone; and as `check_resumed`.
         """
-        super().on_load_checkpoint(checkpoint)
         ours: dict[str, Any] = {}
         self.on_save_checkpoint(ours)
         if "probe" not in checkpoint:
@@ -505,7 +494,7 @@ class Probe(Task, ABC):
             raise ValueError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
         if checkpoint["probe_backbone"] != self.digest:
             raise ValueError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
-        check_resumed(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
         self.backbone.network._apply(fn)

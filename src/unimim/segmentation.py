@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from timm.models.beit import Beit
@@ -17,17 +16,17 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
-from unimim.batches import check_classes, check_images, check_labelled, checked, images_in
+from unimim.batches import check_classes, check_images, check_labelled, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
-from unimim.faults import SkipNonFinite, guarded
+from unimim.faults import SkipNonFinite
 from unimim.fitting import by
 from unimim.interfaces import IGNORED, RGB, Grid
-from unimim.launching import check_callbacks, check_processes, check_resumed, step_in_words
+from unimim.launching import check_processes, step_in_words
 from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
 from unimim.processor import sparing
-from unimim.randomness import accumulated, exact_resume
+from unimim.randomness import accumulated
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
@@ -445,14 +444,6 @@ class UperNetSegmentation(Task):
         optimizer = fused_adamw(groups, self.peak_lr, self.betas)
         return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """The guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
-
-        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
-        """
-        check_callbacks(self.trainer)
-        return [*guarded(self.trainer, self.guard), *exact_resume(self.trainer), *checked(self.trainer)]
-
     def check_batch(self, batch: Any) -> None:
         """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
 
@@ -514,7 +505,7 @@ class UperNetSegmentation(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds which backbone it has, the names of the classes, and the last metrics; what is not finite is not saved."""
-        self.guard.check_saved(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         described = describe_network(self.pyramid.backbone, self.hparams, self.mean, self.std)
         if described is not None:
             checkpoint["backbone"] = described
@@ -529,7 +520,6 @@ class UperNetSegmentation(Task):
             ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
         """
         super().on_load_checkpoint(checkpoint)
-        check_resumed(self, checkpoint)
         self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
         self.pretrained_from = checkpoint.get("pretrained_from")
 

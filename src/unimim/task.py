@@ -15,6 +15,8 @@ from pytorch_lightning.core.saving import _default_map_location, _load_state
 from torch import nn
 
 import unimim
+from unimim.batches import checked
+from unimim.faults import SkipNonFinite, guarded
 from unimim.files import (
     CHANGED,
     check_checkpoint,
@@ -26,6 +28,8 @@ from unimim.files import (
     read_pickle,
     refusal,
 )
+from unimim.launching import check_callbacks, check_resumed
+from unimim.randomness import exact_resume
 
 NETWORKS = ("backbone", "network")
 """Arguments that name a network of timm."""
@@ -36,8 +40,10 @@ SAVED = ("best_model_path", "kth_best_model_path", "last_model_path", "best_k_mo
 class Task(pl.LightningModule):
     """A LightningModule that reads checkpoints of strangers safely: pretraining, fine-tuning, segmentation and probes are ones.
 
-    A subclass that overrides `setup` or `on_load_checkpoint` calls `super()`'s.
+    A subclass that overrides `setup`, `configure_callbacks`, `on_save_checkpoint` or `on_load_checkpoint` calls `super()`'s.
     """
+
+    guard: SkipNonFinite | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -94,16 +100,33 @@ class Task(pl.LightningModule):
         device = next((value.device for value in state["state_dict"].values() if isinstance(value, torch.Tensor)), None)
         return task if device is None else task.to(device)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Adds the guard against updates that are not finite, what makes a resumed run exact, and the look at the first batch.
+
+        A subclass with callbacks of its own adds them to these: `[*super().configure_callbacks(), ...]`; else it has none.
+        """
+        check_callbacks(self.trainer)
+        guard = [] if self.guard is None else guarded(self.trainer, self.guard)
+        return [*guard, *exact_resume(self.trainer), *checked(self.trainer)]
+
     def setup(self, stage: str) -> None:
         """Lets the Trainer's strategy verify a checkpoint before it reads it, whichever strategy it is."""
         strategy: Any = self.trainer.strategy
         if not isinstance(strategy.load_checkpoint, functools.partial):
             strategy.load_checkpoint = functools.partial(verified, strategy.load_checkpoint)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to save what is not finite, where the task has a guard."""
+        if self.guard is not None:
+            self.guard.check_saved(self.trainer, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes out of the state of callbacks the files that ModelCheckpoint would remove, and that are not in its folder.
 
         A backbone that was compiled is loaded by its own names.
+
+        Raises:
+            ValueError: as `check_resumed`.
         """
         weights = checkpoint.get("state_dict", {})  # in shards, they are elsewhere
         for name in [name for name in weights if "_orig_mod." in name]:
@@ -117,6 +140,7 @@ class Task(pl.LightningModule):
                     state[key] = {path: score for path, score in state[key].items() if lies_in(path, folders)}
                 elif key in state and not lies_in(state[key], folders):
                     state[key] = ""
+        check_resumed(self, checkpoint)
 
 
 def verified(load_checkpoint: Callable[..., Any], path: str | Path, weights_only: bool | None = None) -> Any:
