@@ -750,6 +750,25 @@ def test_the_state_of_an_optimizer_that_was_not_fused(tmp_path: Path, images: st
     assert {moment.device.type for moment in optimizer.state[weight].values()} == {"meta"}
 
 
+@pytest.mark.parametrize("equal", [False, True], ids=["sizes", "shapes"])
+def test_an_optimizer_that_was_grouped_otherwise(tmp_path: Path, images: str, equal: bool) -> None:
+    """As of a run that began before its recipe let the mask token decay: one line says so, and what to give."""
+    whole = Run("pretraining", images, str(tmp_path), save_everywhere=True, max_epochs=2)
+    train(whole)
+    checkpoint = torch.load(tmp_path / "0_2.ckpt", weights_only=True)
+    first, second = (group["params"] for group in checkpoint["optimizer_states"][0]["param_groups"])
+    second.append(first.pop())
+    if equal:
+        first.append(second.pop(0))
+    torch.save(checkpoint, tmp_path / "0_2.ckpt")
+    resumed = Run("pretraining", images, f"{tmp_path}/resumed", resume=f"{tmp_path}/0_2.ckpt", max_epochs=2)
+    told = r"groups of \[\d+, \d+\] parameters, this one of \[\d+, \d+\](, of other shapes)?: .* --config RUN/config.yaml"
+    with pytest.raises(ValueError, match=told) as error:
+        train(resumed)
+    assert "\n" not in str(error.value)
+    assert ("of other shapes" in str(error.value)) == equal
+
+
 def test_what_is_drawn_beside_the_steps_shifts_nothing(tmp_path: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a validation, not the images that k-means reads first: persistent workers have one iterator for all."""
     with_validation, without = (

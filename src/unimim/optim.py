@@ -172,8 +172,28 @@ def fused_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
 
 
 def as_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict as one of a fused optimizer: its counts of steps are then loaded to the weights' device."""
+    """An optimizer's state dict as one of a fused optimizer: its counts of steps are then loaded to the weights' device.
+
+    Raises:
+        ValueError: it is of other groups of parameters.
+    """
+    theirs, ours = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if theirs != ours or misplaced(optimizer, state):
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {theirs} parameters, this one of {ours}"
+            f"{', of other shapes' if theirs == ours else ''}: what decays, or how much by layer, was chosen otherwise when "
+            f"that run began; give its own configuration, --config RUN/config.yaml, with which it goes on as it began"
+        )
     return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
+
+
+def misplaced(optimizer: Optimizer, state: dict[str, Any]) -> bool:
+    """Returns whether a state dict has an average of another shape than the parameter that would get it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    found = ((state["state"].get(index, {}).get("exp_avg"), one) for index, one in zip(indices, parameters, strict=True))
+    # FSDP1 has parts of parameters, in one dimension
+    return any(average is not None and average.shape != one.shape for average, one in found if one.ndim > 1)
 
 
 def warmup_cosine(
