@@ -24,6 +24,7 @@ from torch import nn
 from unimim import (
     BlockMasking,
     CachedTarget,
+    CPUPrecision,
     FashionMNISTData,
     FeatureTarget,
     LayerNorm,
@@ -77,7 +78,7 @@ def run(teacher: TargetGenerator, arguments: argparse.Namespace, epochs: int = 2
     trainer = pl.Trainer(
         accelerator=arguments.device,
         devices=1,
-        precision="32-true" if arguments.device == "cpu" else "bf16-mixed",
+        **({"plugins": [CPUPrecision()]} if arguments.device == "cpu" else {"precision": "bf16-mixed"}),
         max_epochs=epochs,
         callbacks=[watch],
         enable_progress_bar=False,

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from unimim import FashionMNISTData, FineTuning, HOGTarget, PixelTarget, commands, load_backbone
+from unimim import CPUPrecision, FashionMNISTData, FineTuning, HOGTarget, PixelTarget, commands, load_backbone
 from unimim.pretraining import MaskedImageModeling
 from unimim.probing import accuracy, extract_features, knn, linear_probe
 
@@ -130,6 +130,7 @@ def finetune(checkpoint: Path, data: FashionMNISTData, seed: int) -> float:
     model = FineTuning(load_backbone(checkpoint, num_classes=10, global_pool="avg"), **FINETUNING)
     trainer = pl.Trainer(
         accelerator="cpu",
+        plugins=[CPUPrecision()],
         max_epochs=FINETUNING_EPOCHS,
         logger=False,
         enable_checkpointing=False,

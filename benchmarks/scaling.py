@@ -125,12 +125,12 @@ def steps_of(count: int, arguments: argparse.Namespace) -> list[float]:
 class Loss(nn.Module):
     """The training step as a module's forward pass, which DistributedDataParallel wants."""
 
-    def __init__(self, model: MaskedImageModeling, autocast: Precision) -> None:
+    def __init__(self, model: MaskedImageModeling, context: Precision) -> None:
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model, self.context = model, context
 
     def forward(self, images: Tensor) -> Tensor:
-        with self.autocast():
+        with self.context():
             return self.model.training_step(images, 0)
 
 
@@ -143,7 +143,7 @@ def train(rank: int, count: int, folder: str, threads: int, options: dict[str, A
     if on_gpu:
         torch.cuda.set_device(rank)
     one = step(arguments)
-    loss = DistributedDataParallel(Loss(one.model, one.autocast), device_ids=[rank] if on_gpu else None)
+    loss = DistributedDataParallel(Loss(one.model, one.context), device_ids=[rank] if on_gpu else None)
     seconds = []
     for _ in range(1 + arguments.repetitions):
         wait(arguments.device)

@@ -5,11 +5,11 @@
 
 Random weights and random images; the recipe's letters, its optimizer and clipping, the guard against updates that are not
 finite and the EMA of a teacher that has one: what a step of Lightning's loop is. Beside it are, in turn with the steps, the
-same model as a plain step, which finishes every patch in the last blocks, the multiplications of the step (their operands as
-they lie there), and for MAE the model of transformers. `share of matmul rate` is what the dense model would need (the student
-three times its forward pass, the teacher once, head on all tokens) by the time, over the rate of the multiplications, each in
-the quickest way that torch has for it, so that work left out counts as speed. The peak of memory is that of a process of its
-own, imports included. On a GPU the blocks are compiled, beside them not, and a step that waits for the device is an error.
+multiplications of the step (their operands as they lie there), and for MAE the model of transformers. `share of matmul rate`
+is what the dense model would need (the student three times its forward pass, the teacher once, head on all tokens) by the
+time, over the rate of the multiplications, each in the quickest way that torch has for it, so that work left out counts as
+speed. The peak of memory is that of a process of its own, imports included. On a GPU the blocks are compiled, beside them not,
+and a step that waits for the device is an error.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,13 +33,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unimim import AttentiveMasking, MaskedImageModeling
+from unimim import AttentiveMasking, CPUPrecision, MaskedImageModeling
 from unimim.commands import Parser, draw_weights
 from unimim.optim import fused_adamw, parameter_groups
 
 RECIPES = ("conf/pretrain/maskdistill_vit_base.yaml", "conf/pretrain/mae_vit_base.yaml")
 PARTS = ("teacher", "student forward", "head forward", "backward", "optimizer")
-PLAIN, THEIRS = "every patch finished", "transformers (reference)"
+THEIRS = "transformers (reference)"
 
 
 Precision = Callable[[], AbstractContextManager[Any]]
@@ -57,9 +57,10 @@ def built(recipe: str) -> MaskedImageModeling:
 
 def trainer(device: str, precision: str, gradient_clip_val: float | None = None) -> pl.Trainer:
     """One that never runs: its precision and clipping are used, and the guard asks it."""
+    plugins = [CPUPrecision()] if (device, precision) == ("cpu", "32-true") else []
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    plain: Any = {"precision": precision, "gradient_clip_val": gradient_clip_val, "logger": False}
-    return pl.Trainer(accelerator=device, devices=1, **plain, **quiet)
+    plain: Any = {"precision": None if plugins else precision, "gradient_clip_val": gradient_clip_val, "logger": False}
+    return pl.Trainer(accelerator=device, devices=1, plugins=plugins, **plain, **quiet)
 
 
 class Step:
@@ -73,7 +74,11 @@ class Step:
 
     def __init__(self, model: MaskedImageModeling, images: Tensor, trainer: pl.Trainer) -> None:
         self.model, self.images, self.trainer = model, images, trainer
-        self.autocast: Precision = trainer.precision_plugin.forward_context
+        on_cpu = isinstance(trainer.precision_plugin, CPUPrecision)
+        trainer.precision_plugin.connect(model, [], [])
+        self.autocast: Precision = nullcontext if on_cpu else trainer.precision_plugin.forward_context
+        """In which others compute; ours has the context below."""
+        self.context: Precision = trainer.precision_plugin.forward_context
         self.device = images.device.type
         self.calls: dict[nn.Module, Any] = {}
         groups = parameter_groups([model.student, model.head, model.loss], model.weight_decay)
@@ -83,7 +88,7 @@ class Step:
 
     def __call__(self) -> None:
         """The whole step."""
-        with self.autocast():
+        with self.context():
             loss = self.model.training_step(self.images, 0)
         self.backward(loss)
         self.update()
@@ -101,12 +106,6 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         model.teacher.update(model.student, model.head, 0.0)
-
-    def plain(self) -> None:
-        """The same numbers, every patch finished."""
-        found, self.model.last_blocks = self.model.last_blocks, []
-        self()
-        self.model.last_blocks = found
 
     def compiled(self) -> None:
         """With each block compiled, as `compiled` has it on a GPU; what comes after is not."""
@@ -144,7 +143,7 @@ class Step:
         for name, letter in letters:
             letter.forward = timed(name, letter.forward)
         whole = perf_counter()
-        with self.autocast():
+        with self.context():
             loss = model.training_step(self.images, 0)
         timed("backward", self.backward)(loss)
         timed("optimizer", self.update)()
@@ -208,13 +207,13 @@ class Matmuls:
     """The step's own multiplications, each kind once in each way that torch has for it.
 
     Args:
-        step: whose; every patch is finished in it.
+        step: whose.
         share: kinds that make up less than this share of all FLOPs are left out.
     """
 
     def __init__(self, step: Step, share: float = 0.005) -> None:
         with Multiplications() as counting:
-            step.plain()
+            step()
         flops = {kind: 2.0 * kind[0] * kind[1] * kind[2] * count for kind, count in counting.found.items()}
         kinds = [kind for kind in flops if flops[kind] >= share * sum(flops.values())]
         self.device = step.device
@@ -348,8 +347,6 @@ def measure(recipe: str, arguments: argparse.Namespace) -> None:
     if device != "cpu":
         check_waits(step)
         ways = {"unimim": step.compiled, "not compiled": step}
-    if step.model.last_blocks:
-        ways[PLAIN] = step.plain
     if theirs:
         ways[THEIRS] = transformers_step(step.images, step.autocast)
     in_between = {"matmuls": matmuls, "split": lambda: parts.append(step.split())}

@@ -17,7 +17,7 @@ from unimim import (
     MaskTokenStudent,
     Student,
     VisibleStudent,
-    processor,
+    cpu,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -140,9 +140,9 @@ def multiplied_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     "mkl": Intel's; "both": oneDNN for results and MKL for gradients, another with AVX2; "onednn": another with AVX-512.
     """
-    monkeypatch.setattr(processor, "WIDE", 1)
-    monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 1)
-    monkeypatch.setattr(processor, "is_intel", lambda: request.param == "mkl")
+    monkeypatch.setattr(cpu, "WIDE", 1)
+    monkeypatch.setattr(cpu, "WIDE_BY_ONEDNN", 1)
+    monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "mkl")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if request.param == "both" else "AVX512")
     by: str = request.param
     return by

@@ -17,7 +17,7 @@ FLOORS = {
     "batches": 0,
     "selection": 0,
     "pictures": 0,
-    "processor": 0,
+    "cpu": 0,
     "written": 0,
     "monitoring": 1,
     "interfaces": 1,

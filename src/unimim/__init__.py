@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unimim.callbacks import TrainingBar as TrainingBar
     from unimim.checkpoint import export as export
     from unimim.checkpoint import load_backbone as load_backbone
+    from unimim.cpu import CPUPrecision as CPUPrecision
     from unimim.data.classification import ClassFolderData as ClassFolderData
     from unimim.data.fashion_mnist import FashionMNISTData as FashionMNISTData
     from unimim.data.folder import ImageFolderData as ImageFolderData
@@ -114,6 +115,7 @@ MODULE_OF = {
     "SeededSamples": "randomness",
     "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
+    "CPUPrecision": "cpu",
     "StopOnSignal": "faults",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",

@@ -40,6 +40,7 @@ import unimim
 from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
+from unimim.cpu import choose_cpu_precision
 from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
@@ -425,6 +426,7 @@ class TaskCLI(LightningCLI):
         callbacks = given.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=self.shown(callbacks), **kwargs)
+        choose_cpu_precision(trainer)
         check_processes(trainer)
         if self.subcommand == "fit":
             config: Any = self.config.fit

@@ -20,11 +20,9 @@ from unimim.faults import SkipNonFinite
 from unimim.interfaces import RGB
 from unimim.launching import check_processes, step_in_words
 from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
-from unimim.processor import sparing
 from unimim.randomness import accumulated
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
-from unimim.waiting import log_loss
 from unimim.written import naming, whole
 
 
@@ -182,10 +180,8 @@ class FineTuning(Task):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """(images [b 3 H W] in [0, 1], labels [b]) -> the loss."""
         images, labels = self.augment(*batch)
-        with sparing(self):
-            loss: Tensor = self.loss(self.backbone(images), labels)
-        log_loss(self, loss)
-        return loss
+        loss: Tensor = self.loss(self.backbone(images), labels)
+        return self.logged(loss)
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Normalizes, then erases and mixes: labels [b] become [b classes] where images are mixed.
@@ -216,8 +212,7 @@ class FineTuning(Task):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Top-1 and top-5 of (images, labels)."""
         images, labels = batch
-        with sparing(self):
-            logits = self(images)
+        logits = self(images)
         self.acc1(logits, labels)
         self.acc5(logits, labels)
         self.log("val/acc1", self.acc1, prog_bar=True)
@@ -225,8 +220,7 @@ class FineTuning(Task):
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Images [b 3 H W] in [0, 1], or (images, labels) -> the five highest probabilities [b 5] and their labels [b 5]."""
-        with sparing(self):
-            probabilities = self(images_in(batch)).float().softmax(1)
+        probabilities = self(images_in(batch)).float().softmax(1)
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from unimim.initialization import OfHead, check_init, initialize_head
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
-from unimim.selection import count_of, inverse, pick, places, put, rows, told
+from unimim.selection import count_of, inverse, pick, places, put, rows
 
 
 class LinearHead(Head):
@@ -166,18 +166,6 @@ class DecoderHead(Decoder):
     def block(self, width: int, num_heads: int) -> nn.Module:
         """timm's, as in MAE's official code."""
         return Block(width, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
-
-    def __init__(
-        self,
-        student: Student,
-        target: TargetGenerator,
-        width: int = 512,
-        depth: int = 8,
-        num_heads: int = 16,
-        init: OfHead = "student",
-    ) -> None:
-        super().__init__(student, target, width, depth, num_heads, init)
-        self.last_block = told(self.blocks[-1], self.num_prefix_tokens)
 
     def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from unimim.backbones import check_object, create_backbone
 from unimim.batches import check_images
 from unimim.pictures import code_colors, principal_components
-from unimim.selection import LastBlock
 
 Grid = tuple[int, int]
 """(h, w) of a patch grid, or (H, W) of an image in pixels."""
@@ -96,8 +95,6 @@ class TargetGenerator(nn.Module, ABC):
 
     dim: int
     """c, the channels of the target, or the size of the vocabulary when the target is discrete."""
-    last_block: LastBlock | None = None
-    """Of its network, where that can leave out patches whose target no one looks at."""
 
     @abstractmethod
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -213,8 +210,6 @@ class Student(nn.Module, ABC):
 
     drops_patches: bool = False
     """Whether the tokens are those of the visible patches only, [b prefix+visible d]."""
-    last_block: LastBlock | None = None
-    """Of the backbone, where that can leave out patches whose token no one looks at."""
     init: str = "timm"
     """How the weights began, by its name in `unimim.initialization`, which heads follow."""
     decayed: tuple[str, ...] = ()
@@ -302,8 +297,6 @@ class Head(nn.Module, ABC):
         target: gives c, the channels of the target.
     """
 
-    last_block: LastBlock | None = None
-    """Of a decoder, where that can leave out patches whose prediction no one looks at."""
     decayed: tuple[str, ...] = ()
     """The tokens that get weight decay: a decoder's mask token, where the student says so."""
 

@@ -1,6 +1,5 @@
 """Pretraining: the paper's equation 1 as a LightningModule."""
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -22,11 +21,9 @@ from unimim.normalizations import CenteredSoftmax
 from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
 from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
 from unimim.printing import printable
-from unimim.processor import sparing
-from unimim.selection import LastBlock, counted, inverse, only, pick
+from unimim.selection import counted, inverse, pick
 from unimim.sharding import blocks, broadcast_parameters, shard
 from unimim.task import Task
-from unimim.waiting import log_loss
 
 LETTERS = {
     "teacher": "T",
@@ -134,16 +131,12 @@ class MaskedImageModeling(Task):
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         """[b 3 H W] with pixels in [0, 1] -> the loss."""
-        with sparing(self):
-            mask = self.masking(images, self.student.grid_size)  # M  [b h w]
-            selected = self.select(mask)
-            with only(selected, self.last_blocks):  # what no one looks at is not computed to the end
-                with torch.no_grad():
-                    target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
-                prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
-        loss: Tensor = self.loss(prediction, pick(target, selected))  # L
-        log_loss(self, loss)
-        return loss
+        mask = self.masking(images, self.student.grid_size)  # M  [b h w]
+        selected = self.select(mask)
+        with torch.no_grad():
+            target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
+        prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
+        return self.logged(self.loss(prediction, pick(target, selected)))  # L
 
     def select(self, mask: Tensor) -> Tensor:
         """The patches that count in the loss: bool [b h w] -> bool [b h w]."""
@@ -164,8 +157,7 @@ class MaskedImageModeling(Task):
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Images [b 3 H W] in [0, 1], or (images, labels) -> `forward` of the images."""
-        with sparing(self.student):
-            tokens: Tensor = self(images_in(batch))
+        tokens: Tensor = self(images_in(batch))
         return tokens
 
     # Its optimization
@@ -238,45 +230,7 @@ class MaskedImageModeling(Task):
                 raise ValueError(f"student and head do not work on a blank image ({given}): {error}") from error
             promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
             self.check_loss(prediction, target[selected])
-            self.last_blocks = self.leaving_out(blank, mask, selected)
         self.train()
-
-    def leaving_out(self, images: Tensor, mask: Tensor, selected: Tensor) -> list[LastBlock]:
-        """The last blocks of student, head and teacher that need not finish the patches that do not count.
-
-        It is tried: with NaN at these, prediction and target of the others must be finite, also in the step after. A decoder
-        looks at all tokens, an instance norm at all targets, and a running mean remembers them. A user's own part need not say.
-        """
-
-        def copied(part: nn.Module) -> Any:
-            return copy.deepcopy(part).train()  # where it may remember, and one trial shall not know of another
-
-        grid_size = self.student.grid_size
-        behind_student, head, normalization = copied(self.head), copied(self.head), copied(self.normalization)
-        trials: tuple[tuple[Any, LastBlock | None, Callable[[], Tensor], Callable[[Tensor], Tensor]], ...] = (
-            (
-                self.student,
-                self.student.last_block,
-                lambda: self.student(images, mask),
-                lambda tokens: behind_student(tokens, mask, selected),
-            ),
-            (self.head, head.last_block, lambda: self.student(images, mask), lambda tokens: head(tokens, mask, selected)),
-            (
-                self.teacher,
-                self.teacher.last_block,
-                lambda: self.teacher(images, grid_size),
-                lambda target: normalization(target)[selected],
-            ),
-        )
-        found = []
-        for part, block, run, look in trials:
-            if block is None or (self.checkpointing and part is self.student):
-                continue  # computed again in the backward pass, it would no longer know what it was told
-            with only(selected, [block], unfinished=torch.nan):
-                output = run()
-                if all(look(output).isfinite().all() for _ in range(2)):
-                    found.append(part.last_block)
-        return found
 
     def check_loss(self, prediction: Tensor, target: Tensor) -> None:
         """
@@ -318,8 +272,6 @@ class MaskedImageModeling(Task):
         on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
         if stage == "fit" and (on_gpu if self.compiled is None else self.compiled):
             self.compile_blocks()
-        if isinstance(strategy, FSDPStrategy):  # which has activation checkpointing of its own, see `leaving_out`
-            self.last_blocks = [block for block in self.last_blocks if block is self.teacher.last_block]
 
     def compile_blocks(self, **options: Any) -> None:
         """Each block of student, head, teacher and its networks, with these `options` of torch.compile; once.

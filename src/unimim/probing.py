@@ -19,10 +19,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, check_pixels
 from unimim.checkpoint import load_backbone
+from unimim.cpu import faster_on_cpu
 from unimim.interfaces import RGB, Frozen, check_positive
 from unimim.launching import check_processes
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
-from unimim.processor import sparing
 from unimim.task import Task
 from unimim.waiting import may_wait
 
@@ -55,7 +55,7 @@ def extract_features(
         kind = dtype if images.dtype == dtype else torch.float32
         (check_images if number else check_pixels)(images, kind)
         check_image_size(backbone, images)
-        with sparing(backbone):
+        with faster_on_cpu(backbone):
             tokens = backbone.forward_features(((images.to(device) - mean) / std).to(dtype))
         features.append(pool(backbone, tokens, feature).float())
         labels.append(batch_labels.to(device))
@@ -391,7 +391,7 @@ class Probe(Task, ABC):
         """[b 3 H W] in [0, 1] -> logits of all heads [rates b classes]"""
         check_images(images)
         check_image_size(self.backbone.network, images)
-        with torch.no_grad(), sparing(self.backbone.network):
+        with torch.no_grad():
             tokens = self.backbone.network.forward_features((images - self.mean) / self.std)
         inputs = self.inputs(tokens)
         return torch.stack([head(inputs) for head in self.heads])

@@ -25,12 +25,10 @@ from unimim.launching import check_processes, step_in_words
 from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
-from unimim.processor import sparing
 from unimim.randomness import accumulated
 from unimim.sharding import gather, scatter, shard
 from unimim.task import Task
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
-from unimim.waiting import log_loss
 from unimim.written import naming, whole
 
 AUXILIARY_CHANNELS = 256
@@ -200,13 +198,11 @@ class UperNetSegmentation(Task):
             ValueError: the images are not of the size that the backbone was built for.
         """
         images, labels = batch
-        with sparing(self):
-            levels = self.pyramid(self.normalize(images))
+        levels = self.pyramid(self.normalize(images))
         loss = self.loss(self.head(levels), labels)
         if self.auxiliary_head is not None:
             loss = loss + self.auxiliary_weight * self.loss(self.auxiliary_head(levels[AUXILIARY_LEVEL]), labels)
-        log_loss(self, loss)
-        return loss
+        return self.logged(loss)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the pixels that count, at the labels' size.
@@ -357,8 +353,7 @@ class UperNetSegmentation(Task):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts (images [b 3 H W], labels [b H' W']), which may be of another size than the images."""
         images, labels = batch
-        with sparing(self):
-            logits = self(images)
+        logits = self(images)
         self.confusion.update(likeliest(logits, pair(labels.shape[-2:])), labels)
 
     def on_validation_epoch_start(self) -> None:
@@ -406,8 +401,7 @@ class UperNetSegmentation(Task):
         size, short = pair(images.shape[-2:]), min(self.crop_size)
         long, short = self.sides or (4 * short, short)
         seen = scaled(size, min(long / max(size), short / min(size)))
-        with sparing(self):
-            logits = self(images if seen == size else rescaled(images, seen))
+        logits = self(images if seen == size else rescaled(images, seen))
         return likeliest(logits, size)
 
     def write_prediction(self, image: Tensor, labels: Tensor, destination: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unimim.initialization import SCHEMES, Init, Token, check_init, fill_positions, initialize_backbone
 from unimim.interfaces import RGB, Student
-from unimim.selection import inverse, last_block, pick, places
+from unimim.selection import inverse, pick, places
 
 
 class MaskTokenStudent(Student):
@@ -55,7 +55,6 @@ class MaskTokenStudent(Student):
             SCHEMES[init].mask_token(self.mask_token)
         self._mask: Tensor | None = None
         patch_embed.register_forward_hook(self._insert)
-        self.last_block = last_block(self.backbone)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1], bool [b h w] -> [b h w d]"""

@@ -12,7 +12,7 @@ from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.core.saving import _default_map_location, _load_state
-from torch import nn
+from torch import Tensor, nn
 
 import unimim
 from unimim.batches import checked
@@ -30,6 +30,7 @@ from unimim.files import (
 )
 from unimim.launching import check_callbacks, check_resumed
 from unimim.randomness import exact_resume
+from unimim.waiting import may_wait
 
 NETWORKS = ("backbone", "network")
 """Arguments that name a network of timm."""
@@ -114,6 +115,21 @@ class Task(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         if not isinstance(strategy.load_checkpoint, functools.partial):
             strategy.load_checkpoint = functools.partial(verified, strategy.load_checkpoint)
+
+    def logged(self, loss: Tensor) -> Tensor:
+        """Logs a step's loss as `train/loss`, the mean over all processes, and returns it.
+
+        It is logged in the steps that may wait for the device (`waiting.may_wait`) and in the last of an epoch. In between,
+        the progress bar shows the last logged loss. (`self.log(..., sync_dist=True)` would have a barrier and a collective in
+        every step, and the bar would wait for the device in every step.)
+        """
+        trainer = self._trainer
+        if trainer is None:  # Lightning says that there is nothing to log to
+            self.log("train/loss", loss)
+        elif may_wait(trainer) or trainer.is_last_batch:
+            mean: Any = trainer.strategy.reduce(loss.detach().to(torch.float32, copy=True), reduce_op="mean")
+            self.log("train/loss", mean.cpu(), prog_bar=True)
+        return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to save what is not finite, where the task has a guard."""

@@ -18,7 +18,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from unimim.backbones import check_object
 from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
 from unimim.interfaces import Grid, TargetGenerator, check_positive
-from unimim.processor import sparing
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
 from unimim.target_files import TargetFiles, in_words, whole_in_cache
 from unimim.written import save_tensors
@@ -225,7 +224,7 @@ class FixedViews(pl.Callback):
     @torch.no_grad()
     def looked(self, trainer: pl.Trainer, pl_module: Any, images: Tensor) -> Tensor:
         """What the teacher says of [b 3 H W], as stored."""
-        with trainer.precision_plugin.forward_context(), sparing(pl_module):
+        with trainer.precision_plugin.forward_context():
             return stored(self.target.teacher(images, pl_module.student.grid_size), self.target.dim)
 
     def check(self, trainer: pl.Trainer, pl_module: Any, missing: list[list[int]]) -> None:

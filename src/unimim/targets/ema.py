@@ -82,7 +82,6 @@ class EMATarget(FollowingTarget):
             )
         super().attach(student)
         self.dim = student.embed_dim
-        self.last_block = self.average.last_block
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from einops import rearrange, reduce
 from pytorch_lightning.utilities import rank_zero_info
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +15,6 @@ from unimim.fitting import fit
 from unimim.initialization import Init, check_init, initialize_backbone
 from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
-from unimim.selection import last_block
 
 
 class FeatureTarget(TargetGenerator):
@@ -117,12 +116,8 @@ class FeatureTarget(TargetGenerator):
         self.dim = dim
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
-        if self.is_timm:
-            self.last_block = last_block(module, layer)
         self.resized = False
         self._looked: tuple[Tensor, int, Grid, Tensor] | None = None
-        self._recorded: list[Tensor] | None = None
-        self._is_hooked = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -147,7 +142,7 @@ class FeatureTarget(TargetGenerator):
         looked, self._looked = self._looked, None
         if looked is not None and looked[0] is images and looked[1:3] == (images._version, grid_size):
             return looked[3]  # `attention` had to look at these images already
-        return self.look(images, grid_size)
+        return self.look(images, grid_size)[0]
 
     @torch.no_grad()
     def attention(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -156,38 +151,32 @@ class FeatureTarget(TargetGenerator):
         [b 3 H W] in [0, 1] -> float32 [b h w]. The teacher runs once: its features wait for `forward` of the same images.
 
         Raises:
-            ValueError: the network is no ViT of timm with a CLS token.
+            ValueError: the network is no ViT of timm with a CLS token, or its blocks are others than the plain ones.
         """
         network: Any = self.frozen.network
         if not isinstance(network, VisionTransformer) or network.cls_token is None:
             raise ValueError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
-        attn: Any = network.blocks[self.layer].attn
-        if not self._is_hooked:  # once: a hook that comes and goes breaks a compiled graph
-            attn.qkv.register_forward_hook(self._record)
-            self._is_hooked = True
-        self._recorded = []
-        try:
-            self._looked = (images, images._version, grid_size, self.look(images, grid_size))
-            (qkv,) = self._recorded
-        finally:
-            self._recorded = None
-        q, k, _ = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads)
+        block: Any = network.blocks[self.layer]
+        if not isinstance(block, Block):
+            raise ValueError(f"model.teacher: the blocks of {self.name} are no plain ones, whose attention is read here")
+        features, before = self.look(images, grid_size, with_input=True)
+        self._looked = (images, images._version, grid_size, features)
+        attn: Any = block.attn
+        q, k, _ = rearrange(
+            attn.qkv(block.norm1(before)), "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads
+        )
         scores = attn.q_norm(q[:, :, :1]) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
         of_cls = scores.float().softmax(-1).mean(1)[:, 0, network.num_prefix_tokens :]
         fine_h, fine_w = network.patch_embed.grid_size
         (h, w), of_cls = grid_size, rearrange(of_cls, "b (h w) -> b h w", h=fine_h)
         return reduce(of_cls, "b (h p) (w q) -> b h w", "sum", h=h, w=w, p=fine_h // h, q=fine_w // w)
 
-    def _record(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if self._recorded is not None:
-            self._recorded.append(output)
-
     @torch.no_grad()
-    def look(self, images: Tensor, grid_size: Grid) -> Tensor:
-        """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+    def look(self, images: Tensor, grid_size: Grid, with_input: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c]; and, where it is asked for, what went into that block, [b prefix+n d]."""
         size = self.input_size(images, grid_size)
         images = self.resize(images, size)
-        features = self.features((images - self.mean) / self.std)
+        features, before = self.features((images - self.mean) / self.std, with_input)
         if not isinstance(features, Tensor) or features.ndim != 4:
             raise ValueError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
         features = features.float()
@@ -199,7 +188,7 @@ class FeatureTarget(TargetGenerator):
                 f"model.teacher.resolution (now {self.resolution}) or model.teacher.dim"
             )
         features = F.avg_pool2d(features, (fine_h // h, fine_w // w))
-        return rearrange(features, "b c h w -> b h w c")
+        return rearrange(features, "b c h w -> b h w c"), before
 
     def input_size(self, images: Tensor, grid_size: Grid) -> Grid:
         """(H', W') in pixels of what the teacher sees."""
@@ -211,11 +200,11 @@ class FeatureTarget(TargetGenerator):
         height, width = images.shape[-2:]
         return height, width
 
-    def features(self, images: Tensor) -> Tensor:
-        """Normalized images [b 3 H' W'] -> [b c h' w']"""
+    def features(self, images: Tensor, with_input: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Normalized images [b 3 H' W'] -> [b c h' w']; `with_input`: as in `look`, of a ViT."""
         network: Any = self.frozen.network
         if not self.is_timm:
-            return network(images)
+            return network(images), None
         fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
         if fixed not in (None, tuple(images.shape[-2:])):
             if not hasattr(network, "set_input_size") or self.resized:
@@ -230,9 +219,13 @@ class FeatureTarget(TargetGenerator):
             if isinstance(network, VisionTransformer) and network.pos_embed is not None and table is not None:
                 network.pos_embed.copy_(resized_positions(table, old, network.patch_embed.grid_size))
         try:
-            (features,) = network.forward_intermediates(
-                images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
-            )
+            if with_input:
+                features, before = self.block_and_input(images)
+            else:
+                (features,) = network.forward_intermediates(
+                    images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
+                )
+                before = None
         except (AssertionError, IndexError, RuntimeError) as error:
             if type(error) not in (AssertionError, IndexError, RuntimeError):  # a device's, as of memory
                 raise
@@ -245,4 +238,28 @@ class FeatureTarget(TargetGenerator):
             ) from error
         if self.project:
             features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
-        return features
+        return features, before
+
+    def block_and_input(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized images [b 3 H' W'] -> of a ViT's block, what comes out, [b c h' w'], and what went in, [b prefix+n d].
+
+        Nothing is recorded by a hook: compiled, a hook within a block would be passed over without a word.
+        """
+        network: Any = self.frozen.network
+        if self.layer == 0:
+            before = network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(images))))
+        else:
+            ((patches, prefix),) = network.forward_intermediates(
+                images,
+                indices=[self.layer - 1],
+                return_prefix_tokens=True,
+                norm=False,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            before = torch.cat([prefix, patches], dim=1)
+        after = network.blocks[self.layer](before)
+        after = (network.norm(after) if self.norm else after)[:, network.num_prefix_tokens :]
+        height = network.patch_embed.dynamic_feat_size(images.shape[-2:])[0]
+        return rearrange(after, "b (h w) d -> b d h w", h=height), before

@@ -13,11 +13,14 @@ import pytorch_lightning as pl
 import timm
 import torch
 from conftest import TINY, tiny_model, tiny_student
+from pytorch_lightning.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from unimim import (
     CachedTarget,
@@ -25,12 +28,13 @@ from unimim import (
     FeatureTarget,
     FineTuning,
     LinearProbe,
+    MaskedImageModeling,
     PixelTarget,
     UperNetSegmentation,
-    processor,
+    cpu,
 )
+from unimim.cpu import CPUPrecision, FasterOnCPU, Linear, choose_cpu_precision, faster_on_cpu
 from unimim.probing import extract_features
-from unimim.processor import Linear, Sparing, sparing
 from unimim.targets.cache import FixedViews
 
 pytestmark = pytest.mark.usefixtures("multiplied_by")
@@ -56,14 +60,14 @@ def noisy(module: nn.Module) -> nn.Module:
 
 
 def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Value and gradients of a run within `Sparing`, and of the same run without."""
+    """Value and gradients of a run within `FasterOnCPU`, and of the same run without."""
     results = []
     for within in (True, False):
         torch.manual_seed(1)
         for leaf in leaves:
             leaf.grad = None
         if within:
-            with Sparing():
+            with FasterOnCPU():
                 value = run()
         else:
             value = run()
@@ -201,7 +205,7 @@ def test_a_scale_of_a_layer_whose_input_has_changed_since() -> None:
     layer.requires_grad_(False)
     check(run, [x, scale])
     layer.requires_grad_(True)
-    for within in (Sparing(), nullcontext()):
+    for within in (FasterOnCPU(), nullcontext()):
         with within:
             result = run()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -221,7 +225,7 @@ def test_biases_that_torch_spreads_and_products_by_name() -> None:
 def test_a_bias_may_change_before_the_backward_pass() -> None:
     """As torch has it: its gradient does not depend on it."""
     layer, x = noisy(nn.Linear(4, 4)), torch.randn(3, 4)
-    with Sparing():
+    with FasterOnCPU():
         result = layer(x)
     with torch.no_grad():
         layer.bias += 1
@@ -265,7 +269,7 @@ def test_hooks_see_what_they_saw() -> None:
         for within in (True, False):
             seen.clear()
             if within:
-                with Sparing():
+                with FasterOnCPU():
                     value = run(what)
             else:
                 value = run(what)
@@ -292,7 +296,7 @@ BIAS = {
 @pytest.mark.parametrize("kind", BIAS)
 def test_attention_with_a_bias_that_learns(kind: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of one image, and at once."""
-    monkeypatch.setattr(processor, "PIECE", piece)
+    monkeypatch.setattr(cpu, "PIECE", piece)
     shape, options = BIAS[kind]
     qkv = torch.randn(3, 5, 3, 2, 4, requires_grad=True)
     bias = torch.randn(shape, requires_grad=True)
@@ -318,7 +322,7 @@ def test_attention_of_other_keys_and_what_is_left_to_torch() -> None:
     hidden[1], hidden[2, :3] = -torch.inf, -torch.inf
     check(lambda: F.scaled_dot_product_attention(query, key, value, bias + hidden), [query, key, value, bias])
     check(lambda: F.scaled_dot_product_attention(query[0, 0], key[0, 0], value[0, 0], bias[0, 0]), [query, key, value, bias])
-    mode = Sparing()
+    mode = FasterOnCPU()
     assert mode.attention(query, key, value, bias) is not None
     assert mode.attention(query, key, value, bias, dropout_p=0.5) is None
     assert mode.attention(query, key, value, bias.double()) is None
@@ -346,7 +350,7 @@ def test_what_is_not_kept(run: str, numbers: int) -> None:
         "scale": lambda: scale(layer(x.sin())),
     }
     without = kept(runs[run], [x, *parameters])
-    with Sparing():
+    with FasterOnCPU():
         within = kept(runs[run], [x, *parameters])
     statistics = 2 * 24 if run == "norm" else 0  # mean and spread of each row
     assert within == 4 * (numbers + statistics)
@@ -360,7 +364,7 @@ def test_no_map_of_attention_is_kept() -> None:
     def run() -> Tensor:
         return F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
 
-    with Sparing():
+    with FasterOnCPU():
         assert kept(run, [qkv, bias]) == 0
     assert kept(run, [qkv, bias]) >= 4 * 4 * 2 * 50 * 50
 
@@ -368,7 +372,7 @@ def test_no_map_of_attention_is_kept() -> None:
 def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
     qkv, bias = torch.randn(3, 2, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 5, requires_grad=True)
     fused = "aten._scaled_dot_product_flash_attention_for_cpu.default"
-    with Called() as called, Sparing():
+    with Called() as called, FasterOnCPU():
         F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
     assert called.times[fused] == 1
     with Called() as called:
@@ -378,7 +382,7 @@ def test_attention_with_a_bias_that_learns_is_the_fused_kernel() -> None:
 
 def test_who_multiplies(multiplied_by: str) -> None:
     results, gradients = int(multiplied_by != "mkl"), int(multiplied_by == "onednn")
-    with Called() as called, Sparing():
+    with Called() as called, FasterOnCPU():
         value = nn.Linear(4, 6)(torch.randn(2, 4, requires_grad=True))
     assert called.times["mkldnn._linear_pointwise.default"] == results
     with Called() as called:
@@ -395,7 +399,7 @@ def test_two_runs_are_the_same_bits() -> None:
     for _ in range(2):
         mlp.zero_grad()
         x.grad = None
-        with Sparing():
+        with FasterOnCPU():
             value = mlp(x)
         value.square().sum().backward()
         runs.append([value.detach(), x.grad, *(parameter.grad for parameter in mlp.parameters())])
@@ -410,7 +414,7 @@ def test_after_the_backward_pass_nothing_is_held() -> None:
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.LayerNorm, nn.GELU)):
             module.register_forward_hook(lambda module, inputs, output: born.append(weakref.ref(output.untyped_storage())))
-    with Sparing() as mode:
+    with FasterOnCPU() as mode:
         loss = network(torch.rand(2, 3, 32, 32)).sum()
     loss.backward()
     assert mode.latest is None
@@ -429,7 +433,7 @@ def test_only_float32_on_a_cpu_is_replaced(multiplied_by: str, monkeypatch: pyte
 
     monkeypatch.setattr(Linear, "apply", applied)
     layer, x = nn.Linear(4, 6), torch.randn(3, 4)
-    with Sparing():
+    with FasterOnCPU():
         assert layer.double()(x.double()).dtype == torch.float64
         layer.float()
         with torch.autocast("cpu", torch.bfloat16):
@@ -438,11 +442,11 @@ def test_only_float32_on_a_cpu_is_replaced(multiplied_by: str, monkeypatch: pyte
             torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
         assert layer(x[:0]).shape == (0, 6)
         by_onednn = multiplied_by == "onednn"
-        monkeypatch.setattr(processor, "WIDE", 24 + by_onednn)
-        monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 25 - by_onednn)
+        monkeypatch.setattr(cpu, "WIDE", 24 + by_onednn)
+        monkeypatch.setattr(cpu, "WIDE_BY_ONEDNN", 25 - by_onednn)
         assert not layer(x).any()
-        monkeypatch.setattr(processor, "WIDE", 25 - by_onednn)
-        monkeypatch.setattr(processor, "WIDE_BY_ONEDNN", 24 + by_onednn)
+        monkeypatch.setattr(cpu, "WIDE", 25 - by_onednn)
+        monkeypatch.setattr(cpu, "WIDE_BY_ONEDNN", 24 + by_onednn)
         assert layer(x).any()
     assert len(called) == 1
 
@@ -451,18 +455,30 @@ def test_who_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled or computed again, and another device."""
     network = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1])
     task = nn.Sequential(network)
-    assert isinstance(sparing(task), Sparing)
+    assert isinstance(faster_on_cpu(task), FasterOnCPU)
     network.set_grad_checkpointing()
-    assert not isinstance(sparing(task), Sparing)
+    assert not isinstance(faster_on_cpu(task), FasterOnCPU)
     network.set_grad_checkpointing(False)
-    assert not isinstance(sparing(nn.Sequential(network, nn.Linear(4, 4, device="meta"))), Sparing)
+    assert not isinstance(faster_on_cpu(nn.Sequential(network, nn.Linear(4, 4, device="meta"))), FasterOnCPU)
     with monkeypatch.context() as without_onednn:
         without_onednn.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert not isinstance(sparing(task), Sparing)
-    assert isinstance(sparing(task), Sparing)
-    assert not isinstance(sparing(nn.Sequential(torch.compile(nn.Linear(4, 4)))), Sparing)
+        assert not isinstance(faster_on_cpu(task), FasterOnCPU)
+    assert isinstance(faster_on_cpu(task), FasterOnCPU)
+    assert not isinstance(faster_on_cpu(nn.Sequential(torch.compile(nn.Linear(4, 4)))), FasterOnCPU)
     network.blocks[0].compile()
-    assert not isinstance(sparing(task), Sparing)
+    assert not isinstance(faster_on_cpu(task), FasterOnCPU)
+
+
+def within(model: nn.Module, run: Callable[[], object]) -> Callable[[], object]:
+    """The run as a Trainer with `CPUPrecision` would have it."""
+
+    def running() -> object:
+        precision = CPUPrecision()
+        precision.connect(model, [], [])
+        with precision.forward_context():
+            return run()
+
+    return running
 
 
 def without_gradient(kind: str) -> Callable[[], object]:
@@ -474,19 +490,21 @@ def without_gradient(kind: str) -> Callable[[], object]:
         return lambda: extract_features(network, [(images, labels)])
     if kind == "probe":
         probe = LinearProbe(timm.create_model(name, global_pool="", num_classes=0, **model_args), num_classes=2)
-        return lambda: probe(images)
+        return within(probe, lambda: probe(images))
     if kind == "cache":
         model = tiny_model(teacher=CachedTarget(FeatureTarget(name, weights="random", model_args=model_args), "."))
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer = pl.Trainer(accelerator="cpu", plugins=[CPUPrecision()], logger=False, enable_checkpointing=False)
+        trainer.precision_plugin.connect(model, [], [])
         return lambda: FixedViews(model.teacher).looked(trainer, model, images)  # type: ignore[arg-type]
     task: Any = FineTuning if kind.startswith("classes") else UperNetSegmentation
     model = task(name, num_classes=6, model_args=model_args, **({} if task is FineTuning else {"channels": 4}))
     model.eval()
     model.log = lambda *_, **__: None
     if kind.endswith("predicted"):
-        return lambda: model.predict_step(images, 0)
-    return lambda: model.validation_step(
-        (images, labels if task is FineTuning else torch.zeros(2, 32, 32, dtype=torch.long)), 0
+        return within(model, lambda: model.predict_step(images, 0))
+    return within(
+        model,
+        lambda: model.validation_step((images, labels if task is FineTuning else torch.zeros(2, 32, 32, dtype=torch.long)), 0),
     )
 
 
@@ -512,23 +530,64 @@ def test_what_a_user_computes_again_is_plain() -> None:
 
 
 @pytest.mark.parametrize("kind", ["beit_shared_bias", "visible_vit"])
-def test_a_step_is_the_step_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole training step of a task, its last blocks leaving patches out; and it does keep less."""
+def test_a_step_is_the_step_without(kind: str) -> None:
+    """The whole training step of a task; and it does keep less."""
     changes: dict[str, Any] = {"student": tiny_student(kind)}
     if kind == "visible_vit":
         changes |= {"head": partial(DecoderHead, width=8, depth=2, num_heads=2), "teacher": PixelTarget(8)}
     model = tiny_model(**changes)
     images, parameters = torch.rand(3, 3, 32, 32), [p for p in model.parameters() if p.requires_grad]
     sizes, gradients = [], []
-    for replaced in (sparing, lambda task: nullcontext()):
-        monkeypatch.setattr("unimim.pretraining.sparing", replaced)
+    for precision in (CPUPrecision(), Precision()):
+        precision.connect(model, [], [])
         model.zero_grad()
         torch.manual_seed(1)
-        sizes.append(kept(lambda: model.training_step(images, 0), parameters))
+        with precision.train_step_context():
+            sizes.append(kept(lambda: model.training_step(images, 0), parameters))
         torch.manual_seed(1)
-        loss = model.training_step(images, 0)
+        with precision.train_step_context():
+            loss = model.training_step(images, 0)
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in parameters)])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert sizes[0] < 0.8 * sizes[1]
+
+
+class OwnStep(MaskedImageModeling):
+    """A user's, whose step is written anew."""
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        mask = self.masking(images, self.student.grid_size)
+        self.within.append(any(isinstance(mode, FasterOnCPU) for mode in _get_current_function_mode_stack()))
+        prediction = self.head(self.student(images, mask), mask, mask)
+        return self.logged(prediction.square().mean())
+
+
+@pytest.mark.parametrize("plugins", [[], [CPUPrecision()]], ids=["plain", "plugin"])
+def test_a_step_of_ones_own_is_faster_too(plugins: list[Any]) -> None:
+    """Lightning enters the plugin's context around every step, whoever wrote it."""
+    model = tiny_model(OwnStep)
+    model.within = []
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, plugins=plugins, **quiet)  # type: ignore[arg-type]
+    trainer.fit(model, DataLoader(torch.rand(4, 3, 32, 32), batch_size=2))
+    assert model.within == [bool(plugins)] * 2
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "taken"),
+    [
+        ({}, CPUPrecision),
+        ({"precision": "32-true"}, CPUPrecision),
+        ({"precision": "bf16-mixed"}, MixedPrecision),
+        ({"precision": "64-true"}, DoublePrecision),
+        ({"plugins": [HalfPrecision("bf16-true")]}, HalfPrecision),
+    ],
+    ids=["nothing", "32", "bf16", "64", "a plugin"],
+)
+def test_the_command_line_takes_it_where_nothing_else_is_chosen(chosen: dict[str, Any], taken: type) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, **chosen)
+    choose_cpu_precision(trainer)
+    assert type(trainer.precision_plugin) is taken
