@@ -1,13 +1,15 @@
 """The switch `compiled`: each block is one graph, made once, and computes the same, also in shards or computed again."""
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import TINY, tiny_model, tiny_student
+from conftest import ROOT, TINY, narrow_recipe, tiny_model, tiny_student
 from torch import Tensor, distributed, nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +27,9 @@ from unimim import (
     TargetGenerator,
 )
 from unimim.sharding import blocks
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from step import built
 
 
 def features() -> FeatureTarget:
@@ -126,3 +131,37 @@ def test_the_switch(given: bool | None, compiled: bool, monkeypatch: pytest.Monk
     trainer.fit(model, DataLoader(torch.rand(2, 3, 32, 32), batch_size=2))
     wanted = [*blocks(model.student), *(block for network in model.teacher.networks() for block in blocks(network))]
     assert calls == (wanted if compiled else [])
+
+
+RECIPES = sorted((ROOT / "conf" / "pretrain").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_compiled_is_the_plain_one_and_is_traced_in_the_first_steps_only(recipe: Path, tmp_path: Path) -> None:
+    """Five steps: loss and gradients of each, and no new graph after the second."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = built(str(narrow_recipe(recipe, tmp_path)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(5, 2, 3, *model.student.image_size)
+
+    def five() -> tuple[list[list[Tensor]], list[int]]:
+        results, graphs = [], []
+        for number, batch in enumerate(images):
+            model.zero_grad()
+            torch.manual_seed(number)
+            loss = model.training_step(batch, 0)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            graphs.append(counters["stats"]["unique_graphs"])
+        return results, graphs
+
+    eager, _ = five()
+    model.load_state_dict(state)  # a running mean has moved
+    model.compile_blocks(backend="eager")
+    compiled, graphs = five()
+    assert graphs[0] > 0
+    assert graphs[1:] == [graphs[1]] * 4
+    for results, wanted in zip(compiled, eager, strict=True):
+        check_same(results, wanted)
