@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unimim.data.segmentation import ADE20KData as ADE20KData
     from unimim.data.segmentation import SegmentationFolderData as SegmentationFolderData
     from unimim.efficientnet_lite import EfficientNetLite0 as EfficientNetLite0
+    from unimim.errors import UserError as UserError
     from unimim.faults import StopOnSignal as StopOnSignal
     from unimim.finetuning import FineTuning as FineTuning
     from unimim.fitting import LoadReport as LoadReport
@@ -122,6 +123,7 @@ MODULE_OF = {
     "TrainingBar": "callbacks",
     "UperNetHead": "upernet",
     "UperNetSegmentation": "segmentation",
+    "UserError": "errors",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
     "export": "checkpoint",

@@ -10,6 +10,8 @@ import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
+from unimim.errors import UserError
+
 RESERVED = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `timm.create_model` by which it fetches weights, and writes them."""
 
@@ -23,15 +25,15 @@ def create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = Fa
     """
     check_name(name)
     if taken := [key for key in RESERVED if key in model_args]:
-        raise ValueError(f"model_args of {name!r} cannot hold {', '.join(taken)}; a teacher's `weights` says which")
+        raise UserError(f"model_args of {name!r} cannot hold {', '.join(taken)}; a teacher's `weights` says which")
     try:
         return timm.create_model(name, pretrained=pretrained, **model_args)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm's {name!r} does not take these model_args: {error}") from error
+        raise UserError(f"timm's {name!r} does not take these model_args: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"the weights of {name!r} do not fit these model_args: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the weights of {name!r} do not fit these model_args: {str(error).splitlines()[0]}") from error
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the weights of {name!r} cannot be had from the hub ({type(error).__name__}): take them from a file, "
             f"load_backbone(PATH, backbone={name!r}), or for a teacher weights=PATH (--model.teacher.weights PATH), or try the "
             f"recipe with weights='random' (--random_weights)"
@@ -54,9 +56,9 @@ def check_object(name: str, given: object, kind: type, example: str) -> None:
     if isinstance(given, kind):
         return
     if isinstance(given, type) and issubclass(given, kind):
-        raise ValueError(f"{name} is the class {given.__name__}, but has to be an object of it: {given.__name__}(...)")
+        raise UserError(f"{name} is the class {given.__name__}, but has to be an object of it: {given.__name__}(...)")
     what = f"the class {given.__name__}" if isinstance(given, type) else f"of the type {type(given).__name__}"
-    raise ValueError(f"{name} is {what}, but has to be a {kind.__name__}, such as {example}")
+    raise UserError(f"{name} is {what}, but has to be a {kind.__name__}, such as {example}")
 
 
 def check_timm_model(name: str, given: object) -> None:
@@ -66,7 +68,7 @@ def check_timm_model(name: str, given: object) -> None:
     """
     check_object(name, given, nn.Module, "what timm.create_model or unimim.load_backbone gives")
     if not hasattr(given, "pretrained_cfg"):
-        raise ValueError(
+        raise UserError(
             f"{name} is a {type(given).__name__}, which is no timm model: it has no pretrained_cfg, which says how to "
             f"normalize pixels (of a student, give its backbone)"
         )
@@ -103,7 +105,7 @@ def check_image_size(backbone: Any, images: Tensor) -> None:
     built = getattr(patch_embed, "img_size", None)
     if built is not None and getattr(patch_embed, "strict_img_size", True) and tuple(images.shape[-2:]) != tuple(built):
         given, wanted = ("x".join(map(str, size)) for size in (images.shape[-2:], built))
-        raise ValueError(
+        raise UserError(
             f"the images are {given} pixels, but the backbone was built for {wanted}: set data.image_size, or img_size in "
             f"model_args"
         )
@@ -118,7 +120,7 @@ def checkpoint_activations(backbone: Any) -> None:
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
-        raise ValueError(f"{type(backbone).__name__} knows no activation checkpointing: set checkpointing to false") from error
+        raise UserError(f"{type(backbone).__name__} knows no activation checkpointing: set checkpointing to false") from error
 
 
 def check_name(name: str) -> None:
@@ -129,10 +131,10 @@ def check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if ":" not in name and not timm.is_model(architecture):  # hf-hub:owner/name is another of timm's sources
         own = " (where a module of your own is taken, give its class_path)" if "." in name else ""
-        raise ValueError(f"timm has no model {name!r}{own}.{nearest(architecture, timm.list_models())}")
+        raise UserError(f"timm has no model {name!r}{own}.{nearest(architecture, timm.list_models())}")
     if ":" not in name and "." in name and not is_model_pretrained(name):
         known = timm.list_models(f"{architecture}.*", pretrained=True)
-        raise ValueError(f"timm has no weights {name!r}.{nearest(name, known)}")
+        raise UserError(f"timm has no weights {name!r}.{nearest(name, known)}")
     refuse_wrong_gelu(name)
 
 
@@ -144,7 +146,7 @@ def refuse_wrong_gelu(name: str) -> None:
         return
     quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
     if is_model_pretrained(quick):
-        raise ValueError(f"{name!r} computes GELU, but its weights were trained with QuickGELU: use {quick!r}")
+        raise UserError(f"{name!r} computes GELU, but its weights were trained with QuickGELU: use {quick!r}")
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -8,6 +8,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from unimim.errors import UserError
+
 OVERSHOOT = 0.4453125
 """How far beyond [0, 1] pixels may lie: as far as torch's bicubic interpolation takes pixels in [0, 1] at most.
 
@@ -105,9 +107,9 @@ def check_images(images: Tensor, kind: torch.dtype | None = None) -> None:
     given = f"the images are {images.dtype} of shape {tuple(images.shape)}"
     wanted = "pixels are floating-point numbers in [0, 1]"
     if images.dtype == torch.uint8:
-        raise ValueError(f"{given}, but {wanted}: divide by 255, images.float() / 255")
+        raise UserError(f"{given}, but {wanted}: divide by 255, images.float() / 255")
     if not images.is_floating_point():
-        raise ValueError(f"{given}, but {wanted}: make them so, images.float() / HIGHEST")
+        raise UserError(f"{given}, but {wanted}: make them so, images.float() / HIGHEST")
     if images.ndim != 4 or images.shape[1] != 3:
         if images.ndim != 4:
             fix = "give batches of images, one image as image[None]"
@@ -117,10 +119,10 @@ def check_images(images: Tensor, kind: torch.dtype | None = None) -> None:
             fix = "put the channels first, images.permute(0, 3, 1, 2)"
         else:
             fix = "give the channels red, green and blue alone"
-        raise ValueError(f"{given}, but they have to be [b 3 H W]: {fix}")
+        raise UserError(f"{given}, but they have to be [b 3 H W]: {fix}")
     if kind is not None and torch.promote_types(images.dtype, kind) != kind:  # fewer bits become as many
         cast = {torch.float32: "float()", torch.float64: "double()"}.get(kind, f"to({kind})")
-        raise ValueError(f"{given}, but what sees them computes in {kind}: give images.{cast}, or set trainer.precision")
+        raise UserError(f"{given}, but what sees them computes in {kind}: give images.{cast}, or set trainer.precision")
 
 
 @torch.no_grad()
@@ -143,7 +145,7 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
     within = 1.0 if low >= -OVERSHOOT and high <= 1 + OVERSHOOT else float(((images >= 0) & (images <= 1)).float().mean())
     if low != low:  # of a NaN anywhere both are NaN
         bad = images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of the {len(images)} images of the first batch have NaN pixels, the first is image {bad[0]}"
         )
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
@@ -152,7 +154,7 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
             rank_zero_warn(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, though most within [0, 1]")
             return
         fix = "divide them by 255" if bytes_like else "leave out Normalize, each network normalizes for itself"
-        raise ValueError(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, but have to lie in [0, 1]: {fix}")
+        raise UserError(f"the pixels of the first batch lie within {low:.4g} to {high:.4g}, but have to lie in [0, 1]: {fix}")
     if 0 < high < 1.5 / 255:
         rank_zero_warn(f"no pixel of the first batch is brighter than {high:.4g} of [0, 1]: are they divided by 255 twice?")
 
@@ -163,9 +165,9 @@ def check_classes(classes: int, expected: int, who: str) -> None:
         ValueError: the data has one class, or another number than `who` tells apart.
     """
     if classes == 1:
-        raise ValueError("the data has 1 class, so that there is nothing to tell apart: give it images of 2 or more")
+        raise UserError("the data has 1 class, so that there is nothing to tell apart: give it images of 2 or more")
     if classes not in (0, expected):  # 0: it does not say
-        raise ValueError(f"the data has {classes} classes, the {who} {expected}: set model.num_classes to {classes}")
+        raise UserError(f"the data has {classes} classes, the {who} {expected}: set model.num_classes to {classes}")
 
 
 def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = None, predicting: bool = False) -> None:
@@ -185,7 +187,7 @@ def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = No
         return
     if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         parts = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-        raise ValueError(
+        raise UserError(
             f"this task takes batches (images [b 3 H W], labels [{'b' if axes == 1 else 'b H W'}]), but the data gave a "
             f"{type(batch).__name__}{parts}: give the two alone, as tensors"
         )
@@ -195,7 +197,7 @@ def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = No
     if axes == 1 and labels.is_floating_point() and labels.shape == (len(images), classes):
         return
     if labels.dtype not in (torch.long, torch.uint8) or labels.ndim != axes or len(labels) != len(images):
-        raise ValueError(
+        raise UserError(
             f"the labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(images)} images, but have to be "
             f"torch.int64 [{'b' if axes == 1 else 'b H W'}]: make them so, as by labels.long()"
         )
@@ -204,7 +206,7 @@ def check_labelled(batch: Any, classes: int, axes: int, ignored: int | None = No
         low, high = torch.stack(counted.aminmax()).tolist()
         if low < 0 or high >= classes:
             also = "" if ignored is None else f" (or {ignored}, which does not count)"
-            raise ValueError(
+            raise UserError(
                 f"the labels of the first batch lie within {low} to {high}, but {classes} classes are 0 to {classes - 1}{also}"
                 f": set model.num_classes, or count the labels from 0"
             )

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.data.listing import NO_PHOTOS
+from unimim.errors import UserError
 from unimim.interfaces import check_positive
 from unimim.optim import all_steps
 from unimim.pictures import sheet
@@ -61,7 +62,7 @@ class PictureCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, MaskedImageModeling):
-            raise ValueError(f"PictureCallback draws the pretraining of MaskedImageModeling, not {type(pl_module).__name__}")
+            raise UserError(f"PictureCallback draws the pretraining of MaskedImageModeling, not {type(pl_module).__name__}")
         if isinstance(trainer.strategy, FSDPStrategy):
             rank_zero_info("no pictures: FSDPStrategy keeps its shards apart outside of a step; ModelParallelStrategy does not")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -147,11 +148,11 @@ class KNNCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "labelled_dataloader"):
-            raise ValueError(f"KNNCallback needs a data module with labelled_dataloader(split), got {type(data).__name__}")
+            raise UserError(f"KNNCallback needs a data module with labelled_dataloader(split), got {type(data).__name__}")
         self.loaders: list[Any] = [own_part(data.labelled_dataloader(split), trainer) for split in ("train", "val")]
         labelled = len(self.loaders[0].dataset)
         if labelled < self.k:
-            raise ValueError(f"KNNCallback asks {self.k} neighbours, but only {labelled} images have labels")
+            raise UserError(f"KNNCallback asks {self.k} neighbours, but only {labelled} images have labels")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, MaskedImageModeling)

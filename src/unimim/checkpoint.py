@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from unimim.backbones import create_backbone
+from unimim.errors import UserError
 from unimim.files import CHECKSUM, chosen_in, description, header_checksum, read_file, save
 from unimim.fitting import LoadReport, filled
 from unimim.interfaces import RGB, Student
@@ -54,7 +55,7 @@ def agreeing_classes(ours: list[str], theirs: list[str]) -> list[str]:
     """
     for label, (of_data, of_checkpoint) in enumerate(zip(ours, theirs, strict=False)):
         if of_data != of_checkpoint:
-            raise ValueError(
+            raise UserError(
                 f"class {label} of the data is {of_data!r}, of the checkpoint {of_checkpoint!r}: the labels would not agree"
             )
     return theirs or ours
@@ -142,13 +143,13 @@ def opened(
     if described:
         if any(key.startswith(SEGMENTATION) for key in content["state_dict"]):
             origin = content.get("pretrained_from")
-            raise ValueError(
+            raise UserError(
                 f"{source} is a checkpoint of segmentation, whose backbone has no final norm any more: give the one of "
                 f"pretraining that it began with{f', {origin}' if origin else ''}"
             )
         return content["state_dict"], described | ({"name": backbone} if backbone else {}), ""
     if backbone is None:
-        raise ValueError(f"{source} does not say which backbone it holds: give backbone, a timm name")
+        raise UserError(f"{source} does not say which backbone it holds: give backbone, a timm name")
     state_dict, entry = chosen_in(content, source, checkpoint_key)
     return state_dict, {"name": backbone, "script": of_script(content)}, entry
 
@@ -183,11 +184,11 @@ def export(
     destination, card = Path(destination), Path(f"{destination}.md")
     endings = {"timm": (".pth", ".pt"), "safetensors": (".safetensors",)}.get(format)
     if endings is None:
-        raise ValueError(f"export knows the formats timm and safetensors, not {format!r}")
+        raise UserError(f"export knows the formats timm and safetensors, not {format!r}")
     if destination.suffix not in endings:
-        raise ValueError(f"{destination}: timm reads the format {format!r} from a file that ends in {' or '.join(endings)}")
+        raise UserError(f"{destination}: timm reads the format {format!r} from a file that ends in {' or '.join(endings)}")
     if taken := [path for path in (destination, card) if path.exists()]:
-        raise ValueError(f"{taken[0]} exists and is not overwritten: remove it, or export to another name")
+        raise UserError(f"{taken[0]} exists and is not overwritten: remove it, or export to another name")
     content = read_file(checkpoint)
     network = from_content(content, checkpoint, backbone, **options)
     report: LoadReport = network.load_report

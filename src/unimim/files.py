@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from unimim.errors import MissingFileError, UserError
+
 ENCODERS = ("student.backbone.", "backbone.")
 """Where a checkpoint of pretraining, and one of fine-tuning, has the encoder."""
 ENTRIES = ("state_dict", "model", "module", "teacher", "student", "model_ema", "state_dict_ema")
@@ -94,9 +96,9 @@ def read_safetensors(path: Path) -> Any:
             weights = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (it is no dict)
         described = json.loads(metadata["backbone"]) if "backbone" in metadata else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+        raise UserError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
     if CHECKSUM in metadata and metadata[CHECKSUM] != header_checksum(weights, metadata.get("backbone", "")):
-        raise ValueError(damaged(path, CHANGED))
+        raise UserError(damaged(path, CHANGED))
     return weights if described is None else {"state_dict": weights, "backbone": described}
 
 
@@ -137,16 +139,16 @@ def read_pickle(path: Path, mmap: bool = False, verify: bool = True, map_locatio
                     check_entries(archive, storages)
                 return content
     except zipfile.BadZipFile as error:
-        raise ValueError(damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({wanted[1]}, which could run code)" if wanted else ""
-        raise ValueError(
+        raise UserError(
             f"{path} is refused: its pickle holds more than tensors and plain data{what}; whoever trusts it can save its "
             f"state_dict() alone"
         ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file: all mean the same to the user
-        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
+        raise UserError(f"{path} cannot be read as weights, it may be truncated ({type(error).__name__})") from error
 
 
 def unpickled(path: Path, mmap: bool, map_location: Any, inert: bool) -> Any:
@@ -177,18 +179,18 @@ def check_start(path: Path) -> None:
     """
     if is_in_shards(path):
         check_shards(path)
-        raise ValueError(
+        raise UserError(
             f"{path} is a folder of shards: make it one file with python -m lightning_fabric.utilities.consolidate_checkpoint "
             f"{path} --output_file FILE"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} to read weights from")
+        raise MissingFileError(f"there is no file {path} to read weights from")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
-        raise ValueError(f"{path} holds no weights, it is empty")
+        raise UserError(f"{path} holds no weights, it is empty")
     if path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
+        raise UserError(f"{path} holds no weights, it starts with {start[:24]!r} (a web page, or a pointer of Git LFS?)")
 
 
 def check_directory(entries: list[zipfile.ZipInfo]) -> None:
@@ -291,16 +293,16 @@ def check_plain(value: Any, where: str, depth: int = 0) -> None:
     """
     if isinstance(value, dict) and depth < DEEPEST:
         if "class_path" in value:
-            raise ValueError(refusal(where, f"the class {value['class_path']!r}"))
+            raise UserError(refusal(where, f"the class {value['class_path']!r}"))
         for key, part in value.items():
             if not isinstance(key, (str, int)):
-                raise ValueError(refusal(where, f"a dict with the key {key!r}"))
+                raise UserError(refusal(where, f"a dict with the key {key!r}"))
             check_plain(part, f"{where}.{key}", depth + 1)
     elif isinstance(value, (list, tuple)) and depth < DEEPEST:
         for place, part in enumerate(value):
             check_plain(part, f"{where}[{place}]", depth + 1)
     elif value is not None and not isinstance(value, (bool, int, float, str)):
-        raise ValueError(refusal(where, f"a {type(value).__name__}"))
+        raise UserError(refusal(where, f"a {type(value).__name__}"))
 
 
 def refusal(where: str, what: str) -> str:
@@ -331,22 +333,22 @@ def check_description(content: Any, path: str | Path) -> None:
         return
     name = described["name"]
     if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"{path}: backbone.name is refused: it is {name!r}, where only a name of timm's own may stand")
+        raise UserError(f"{path}: backbone.name is refused: it is {name!r}, where only a name of timm's own may stand")
     if not isinstance(described["model_args"], dict):
-        raise ValueError(refusal(f"{path}: backbone.model_args", f"a {type(described['model_args']).__name__}"))
+        raise UserError(refusal(f"{path}: backbone.model_args", f"a {type(described['model_args']).__name__}"))
     check_plain(described["model_args"], f"{path}: backbone.model_args")
     for key in ("mean", "std"):
         values = described[key]
         three = isinstance(values, (list, tuple)) and len(values) == 3 and all(map(is_number, values))
         if not three or not all(math.isfinite(value) for value in values) or (key == "std" and min(values) <= 0):
-            raise ValueError(f"{path}: backbone.{key} is refused: it is {values!r}, where three numbers have to stand")
+            raise UserError(f"{path}: backbone.{key} is refused: it is {values!r}, where three numbers have to stand")
     classes, metrics = content.get("classes", []), content.get("metrics", {})
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(refusal(f"{path}: classes", "no list of strings"))
+        raise UserError(refusal(f"{path}: classes", "no list of strings"))
     if not isinstance(metrics, dict) or not all(isinstance(k, str) and is_number(v) for k, v in metrics.items()):
-        raise ValueError(refusal(f"{path}: metrics", "no dict of numbers"))
+        raise UserError(refusal(f"{path}: metrics", "no dict of numbers"))
     if not isinstance(content.get("pretrained_from"), (str, type(None))):
-        raise ValueError(refusal(f"{path}: pretrained_from", f"a {type(content['pretrained_from']).__name__}"))
+        raise UserError(refusal(f"{path}: pretrained_from", f"a {type(content['pretrained_from']).__name__}"))
 
 
 def is_number(value: Any) -> bool:
@@ -394,7 +396,7 @@ def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[d
     for entry in key.split(".") if key else ():
         known = [name for name, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
         if entry not in known:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no entry {entry!r} to take weights from (checkpoint_key); it has {', '.join(map(str, known))}"
             )
         content = content[entry]
@@ -407,10 +409,10 @@ def chosen_in(content: Any, path: str | Path, key: str | None = None) -> tuple[d
         taken.append(entries[0])
         beside += entries[1:]
     if isinstance(content, dict) and {Tensor, Inert} <= {base for value in content.values() for base in type(value).__mro__}:
-        raise ValueError(f"{path} is refused: its pickle holds more than tensors and plain data among its weights")
+        raise UserError(f"{path} is refused: its pickle holds more than tensors and plain data among its weights")
     if not is_state_dict(content):
         names = f"; it has {', '.join(map(str, whole))}" if isinstance(whole, dict) and len(whole) < 30 else ""
-        raise ValueError(f"{path} holds no state dict (a dict of names to tensors){names}")
+        raise UserError(f"{path} holds no state dict (a dict of names to tensors){names}")
     where = ".".join(taken)
     return content, f"{where}, beside {' and '.join(beside)} (checkpoint_key takes another)" if beside else where
 
@@ -427,7 +429,7 @@ def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], source: str 
         ValueError: keys are missing, unexpected, or of another shape; the first few are listed.
     """
     if found := misfits(module, state_dict):
-        raise ValueError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
+        raise UserError(f"{source} does not fit {type(module).__name__}, nothing was loaded: {found}")
     module.load_state_dict(state_dict)
 
 
@@ -604,11 +606,11 @@ def check_shards(folder: Path) -> None:
         if found != expected:
             raise EOFError("the parts are not those of .metadata")
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} is refused: it holds more than tensors and plain data, or is damaged ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # of a damaged pickle and of parts that are cut off, many kinds: all mean the same to the user
-        raise ValueError(damaged(folder, f"{type(error).__name__}: {error}".splitlines()[0])) from error
+        raise UserError(damaged(folder, f"{type(error).__name__}: {error}".splitlines()[0])) from error
 
 
 def read_metadata(path: Path) -> Any:

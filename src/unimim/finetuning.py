@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.interfaces import RGB
 from unimim.launching import check_processes, step_in_words
@@ -100,7 +101,7 @@ class FineTuning(Task):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
         if not 0 <= label_smoothing < 1 or (recipe_batch is not None and recipe_batch < 1):
-            raise ValueError(
+            raise UserError(
                 f"model: label_smoothing within 0 to 1, recipe_batch at least 1; got {label_smoothing}, {recipe_batch}"
             )
         check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
@@ -112,7 +113,7 @@ class FineTuning(Task):
             or not 0 <= erasing <= 1
             or not 0 < head_init_scale <= 1
         ):
-            raise ValueError(
+            raise UserError(
                 f"model: layer_decay within 0 to 1, head_init_scale within 0 to 1, mixup and cutmix not below 0, erasing a "
                 f"probability; got {layer_decay}, {head_init_scale}, {mixup}, {cutmix}, {erasing}"
             )
@@ -120,7 +121,7 @@ class FineTuning(Task):
         self.checkpoint = self.pretrained_from = checkpoint
         self.backbone: Any = backbone
         if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
-            raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
+            raise UserError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
         if isinstance(backbone, str):
             given: dict[str, Any] = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
             if checkpoint is None:
@@ -130,12 +131,12 @@ class FineTuning(Task):
                 given = self.backbone.load_report.backbone["model_args"]  # with those it was pretrained with
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
-            raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+            raise UserError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", self.backbone)
         self.backbone = uncompiled(self.backbone)
         classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
-            raise ValueError(
+            raise UserError(
                 "fine-tuning needs a backbone with a classifier of 2 or more: make it with num_classes and global_pool"
             )
         if checkpointing:
@@ -204,7 +205,7 @@ class FineTuning(Task):
             ValueError: so many images of a batch cannot be mixed in pairs.
         """
         if self.mix is not None and images % 2:
-            raise ValueError(
+            raise UserError(
                 f"a batch has {images} images, but mixup and cutmix mix pairs: make data.batch_size even, and let a loader of "
                 f"your own drop its last batch (drop_last=True)"
             )
@@ -263,14 +264,14 @@ class FineTuning(Task):
         if stage == "predict" or data is None:
             return
         if getattr(data, "labelled", True) is False:
-            raise ValueError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+            raise UserError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
         check_classes(len(self.classes), int(self.backbone.num_classes), "classifier")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
         if self.mix is not None and batch % 2:
-            raise ValueError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
+            raise UserError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
         total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
         self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
 

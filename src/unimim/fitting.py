@@ -17,6 +17,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from unimim.backbones import create_backbone
+from unimim.errors import UserError
 from unimim.files import listed
 from unimim.interfaces import Grid
 from unimim.layouts import Renamed, renamed
@@ -172,7 +173,7 @@ def fit(
     built = {"name": described["name"], "model_args": model_args, **{key: list(value) for key, value in statistics.items()}}
     report = LoadReport(str(source), prefix, built, entry, layout.name if layout else "", chosen[0][0], **kinds)
     if report.problems and strict:
-        raise ValueError(f"{source} does not fit {described['name']}, nothing was loaded: {report.problems}")
+        raise UserError(f"{source} does not fit {described['name']}, nothing was loaded: {report.problems}")
     if report.problems:
         rank_zero_warn(f"{source} does not fit {described['name']}, the rest was loaded: {report.problems}")
     backbone.load_state_dict(weights, strict=False)

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimim.errors import UserError
 from unimim.initialization import OfHead, check_init, initialize_head
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.positions import sincos_positions
@@ -112,7 +113,7 @@ class Decoder(Head):
         super().__init__(student, target)
         check_positive("model.head", width=width, depth=depth, num_heads=num_heads)
         if width % num_heads:
-            raise ValueError(f"model.head: width {width} is no multiple of num_heads {num_heads}")
+            raise UserError(f"model.head: width {width} is no multiple of num_heads {num_heads}")
         self.num_prefix_tokens = student.num_prefix_tokens if student.drops_patches else 0
         self.embed = nn.Linear(student.embed_dim, width)
         positions = sincos_positions(width, student.grid_size, self.num_prefix_tokens)
@@ -202,7 +203,7 @@ class PromptingDecoderHead(Decoder):
         init: OfHead = "student",
     ) -> None:
         if not student.drops_patches:
-            raise ValueError("model.head: PromptingDecoderHead needs a student that drops patches, VisibleStudent")
+            raise UserError("model.head: PromptingDecoderHead needs a student that drops patches, VisibleStudent")
         super().__init__(student, target, width, depth, num_heads, init)
 
     def block(self, width: int, num_heads: int) -> nn.Module:
@@ -264,7 +265,7 @@ def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens:
     if tokens.ndim == 4:
         return pick(tokens, selected)
     if selected.device.type == "cpu" and (selected & mask).any():
-        raise ValueError(
+        raise UserError(
             "the student drops the hidden patches, so a head without a decoder cannot predict them: set model.head to "
             "DecoderHead, or model.selection to visible"
         )

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from unimim.errors import UserError
 from unimim.positions import sincos_positions
 
 Init = Literal["timm", "beit", "simmim_vit", "simmim_swin", "mae", "maskfeat", "ibot"]
@@ -137,7 +138,7 @@ def check_init(owner: str, init: str, known: Any = Init) -> None:
         ValueError: there is no such scheme.
     """
     if init not in get_args(known):
-        raise ValueError(f"{owner} is {init!r}, known are {', '.join(map(repr, get_args(known)))}")
+        raise UserError(f"{owner} is {init!r}, known are {', '.join(map(repr, get_args(known)))}")
 
 
 def initialize_backbone(backbone: Any, init: str) -> None:
@@ -152,9 +153,7 @@ def initialize_backbone(backbone: Any, init: str) -> None:
     scheme = SCHEMES[init]
     proj = getattr(getattr(backbone, "patch_embed", None), "proj", None)
     if not isinstance(proj, nn.Conv2d):
-        raise ValueError(
-            f"init {init!r} is for networks with a patch embedding, not {type(backbone).__name__}: use init 'timm'"
-        )
+        raise UserError(f"init {init!r} is for networks with a patch embedding, not {type(backbone).__name__}: use init 'timm'")
     blocks = blocks_of(backbone, init) if scheme.rescaled else []
     within_blocks = {id(part) for name, part in backbone.named_modules() if name.startswith(("blocks.", "layers."))}
     for module in backbone.modules():
@@ -193,7 +192,7 @@ def blocks_of(backbone: Any, init: str) -> list[Any]:
     blocks = list(getattr(backbone, "blocks", []))
     plain = [hasattr(getattr(block, "attn", None), "proj") and hasattr(getattr(block, "mlp", None), "fc2") for block in blocks]
     if not blocks or not all(plain):
-        raise ValueError(
+        raise UserError(
             f"init {init!r} rescales the blocks of a ViT, BEiT or EVA by their depth, which {type(backbone).__name__} does not "
             f"have: use init 'timm', or 'simmim_swin' for a Swin"
         )

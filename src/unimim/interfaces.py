@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from unimim.backbones import check_object, create_backbone
 from unimim.batches import check_images
+from unimim.errors import UserError
 from unimim.pictures import code_colors, principal_components
 
 Grid = tuple[int, int]
@@ -71,7 +72,7 @@ def check_positive(owner: str, **numbers: int) -> None:
     """
     for name, value in numbers.items():
         if value < 1:
-            raise ValueError(f"{owner}: {name} is {value}, but it is at least 1")
+            raise UserError(f"{owner}: {name} is {value}, but it is at least 1")
 
 
 def check_statistics(owner: str, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -81,7 +82,7 @@ def check_statistics(owner: str, mean: Sequence[float], std: Sequence[float]) ->
     """
     three = len(mean) == len(std) == 3
     if not three or not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
-        raise ValueError(
+        raise UserError(
             f"{owner}: mean {tuple(mean)} and std {tuple(std)} are not those of red, green and blue in [0, 1]: three numbers "
             f"each, std above 0 (those of pixels in 0 to 255 are divided by 255)"
         )
@@ -157,7 +158,7 @@ class TargetGenerator(nn.Module, ABC):
             return
         whole = height % h == 0 and width % w == 0 and height // h == width // w
         fix = f"are patches of {height // h} pixels; set model.teacher.patch_size to that" if whole else "are no whole patches"
-        raise ValueError(
+        raise UserError(
             f"{type(self).__name__}(patch_size={patch_size}) and the student's grid do not meet: {height}x{width} pixels on a "
             f"{h}x{w} grid {fix}"
         )
@@ -228,13 +229,13 @@ class Student(nn.Module, ABC):
         self.name = backbone
         self.model_args = dict(model_args or {})
         if taken := [key for key in ("num_classes", "global_pool", "patch_drop_rate") if key in self.model_args]:
-            raise ValueError(
+            raise UserError(
                 f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier, and masking "
                 f"is model.masking's"
             )
         self.backbone: Any = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
         if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
-            raise ValueError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
+            raise UserError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
         check_statistics("model.student", mean, std)
         self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -242,7 +243,7 @@ class Student(nn.Module, ABC):
         reduction = self.backbone.feature_info[-1]["reduction"]
         if any(side % reduction for side in self.image_size):
             given = "x".join(map(str, self.image_size))
-            raise ValueError(f"{backbone} with img_size {given}: that is no whole number of its patches of {reduction} pixels")
+            raise UserError(f"{backbone} with img_size {given}: that is no whole number of its patches of {reduction} pixels")
 
     @property
     def image_size(self) -> Grid:
@@ -274,7 +275,7 @@ class Student(nn.Module, ABC):
         check_images(images)
         if tuple(images.shape[-2:]) != self.image_size:
             given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
-            raise ValueError(
+            raise UserError(
                 f"the images are {given} pixels, but {self.name} was built for {built}: set data.image_size, or "
                 f"img_size in model.student.model_args"
             )

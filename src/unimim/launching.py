@@ -13,6 +13,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
+from unimim.errors import UserError
 from unimim.files import misfits
 from unimim.randomness import accumulated
 
@@ -45,7 +46,7 @@ def check_processes(trainer: pl.Trainer) -> None:
         started = max(started, counted)
     elif isinstance(environment, SLURMEnvironment):
         if "SLURM_STEP_NUM_TASKS" not in os.environ and counted > 1:
-            raise ValueError(
+            raise UserError(
                 f"the Trainer counts {counted} processes, but within a Slurm job only srun starts them: put srun before the "
                 f"command (and give sbatch --ntasks-per-node {trainer.num_devices})"
             )
@@ -58,7 +59,7 @@ def check_processes(trainer: pl.Trainer) -> None:
     else:
         return
     if started != counted:
-        raise ValueError(
+        raise UserError(
             f"{launcher} started {started} processes, but the Trainer counts {counted} ({trainer.num_nodes} nodes x "
             f"{trainer.num_devices} devices): give --trainer.devices {started // nodes} --trainer.num_nodes {nodes} "
             f"--trainer.strategy ddp, or start {counted}"
@@ -78,17 +79,17 @@ def check_callbacks(trainer: pl.Trainer) -> None:
         name = type(callback).__name__
         if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not callback._early_exit:
             finder = "lr_find(model, ...)" if isinstance(callback, LearningRateFinder) else "scale_batch_size(model, ...)"
-            raise ValueError(
+            raise UserError(
                 f"trainer.callbacks: {name} would find its number when the schedule is made already, which would not follow: "
                 f"leave it out, and call pytorch_lightning.tuner.Tuner(trainer).{finder} before trainer.fit"
             )
         if isinstance(callback, BackboneFinetuning):
-            raise ValueError(
+            raise UserError(
                 f"trainer.callbacks: {name} adds groups of parameters that the schedule does not know, and freezes a "
                 f"classifier with its backbone: leave it out; model.layer_decay slows the lower layers, a probe trains a head"
             )
         if isinstance(callback, GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, and {name} would change it: leave one "
                 f"of them out"
             )
@@ -106,7 +107,7 @@ def check_resumed(task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     if not weights or (task._trainer is not None and isinstance(task.trainer.strategy, FSDPStrategy)):
         return
     if found := misfits(task, weights, strict=task._trainer is not None and task.strict_loading):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is of another model than this {type(task).__name__}: {found}; give the arguments that it was "
             f"trained with"
         )
@@ -135,7 +136,7 @@ def check_unseen(counted: int, nodes: int) -> None:
             )
         else:
             reason = "with the plugin LightningEnvironment each would start others and train on its own: leave it out"
-        raise ValueError(f"{launcher} started {started} processes, but {reason}")
+        raise UserError(f"{launcher} started {started} processes, but {reason}")
 
 
 def check_slurm(plugins: Any) -> None:
@@ -152,7 +153,7 @@ def check_slurm(plugins: Any) -> None:
     names = {part.class_path.rpartition(".")[2] for part in parts if part is not None}
     asked = "SLURMEnvironment" in names
     if asked and "SLURM_PROCID" not in os.environ:
-        raise ValueError(
+        raise UserError(
             "trainer.plugins: SLURMEnvironment is for a job of Slurm, and this is none: submit conf/slurm/train.sbatch, or "
             "take conf/trainer/ddp.yaml in place of slurm.yaml"
         )
@@ -160,7 +161,7 @@ def check_slurm(plugins: Any) -> None:
     hidden = elastic or "LightningEnvironment" in names or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if (asked or not hidden) and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise ValueError(
+        raise UserError(
             f"Slurm was given --ntasks {tasks} alone, by which Lightning cannot tell the tasks of a node: give srun and sbatch "
             f"--ntasks-per-node {-(-tasks // int(os.environ.get('SLURM_NNODES', 1)))} too"
         )

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimim.errors import UserError
+
 
 class CosineLoss(nn.Module):
     """One minus the cosine of prediction and target, averaged over the selected patches (MVP, EVA, MILAN).
@@ -17,7 +19,7 @@ class CosineLoss(nn.Module):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         if not weight > 0:
-            raise ValueError(f"CosineLoss: weight is {weight}, but it is above 0")
+            raise UserError(f"CosineLoss: weight is {weight}, but it is above 0")
         self.weight = weight
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class SoftCrossEntropyLoss(nn.Module):
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"SoftCrossEntropyLoss: temperature is {temperature}, but it is above 0")
+            raise UserError(f"SoftCrossEntropyLoss: temperature is {temperature}, but it is above 0")
         self.temperature = temperature
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:

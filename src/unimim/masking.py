@@ -8,6 +8,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from unimim.errors import UserError
 from unimim.interfaces import Grid, Masking, TargetGenerator
 from unimim.selection import counted
 
@@ -31,7 +32,7 @@ def ends(ratio: Ratio) -> tuple[float, float]:
     pair = tuple(ratio) if isinstance(ratio, (tuple, list)) else (ratio, ratio)
     if len(pair) != 2 or not 0 < pair[0] <= pair[1] < 1:
         two = ", or is two of them, the lower one first" if isinstance(ratio, (tuple, list)) else ""
-        raise ValueError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1{two}")
+        raise UserError(f"model.masking.ratio is {ratio}, but a share of patches to hide lies between 0 and 1{two}")
     return pair
 
 
@@ -43,7 +44,7 @@ def hidden_counts(ratio: Ratio, cells: int) -> tuple[int, int]:
     """
     least, most = (round(end * cells) for end in ends(ratio))
     if least < 1 or most >= cells:
-        raise ValueError(f"model.masking.ratio {ratio} hides {'no' if least < 1 else 'every'} patch of a grid of {cells}")
+        raise UserError(f"model.masking.ratio {ratio} hides {'no' if least < 1 else 'every'} patch of a grid of {cells}")
     return least, most
 
 
@@ -77,7 +78,7 @@ class RandomMasking(Masking):
     def __init__(self, ratio: Ratio = 0.75, unit: int = 1) -> None:
         super().__init__()
         if unit < 1:
-            raise ValueError(f"model.masking.unit is {unit}, but a cell has at least 1 patch")
+            raise UserError(f"model.masking.unit is {unit}, but a cell has at least 1 patch")
         ends(ratio)
         self.ratio = ratio
         self.unit = unit
@@ -85,7 +86,7 @@ class RandomMasking(Masking):
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         h, w = grid_size
         if h % self.unit or w % self.unit:
-            raise ValueError(
+            raise UserError(
                 f"model.masking.unit is {self.unit}, but the student's grid of {h}x{w} patches is no multiple of it"
             )
         h, w = h // self.unit, w // self.unit
@@ -119,9 +120,9 @@ class BlockMasking(Masking):
     def __init__(self, ratio: Ratio = 0.4, min_block: int | None = None, min_aspect: float = 0.3) -> None:
         super().__init__()
         if min_block is not None and min_block < 1:
-            raise ValueError(f"model.masking.min_block is {min_block}, but a block has at least 1 patch")
+            raise UserError(f"model.masking.min_block is {min_block}, but a block has at least 1 patch")
         if not 0 < min_aspect <= 1:
-            raise ValueError(f"model.masking.min_aspect is {min_aspect}, but it lies between 0 and 1 (BEiT: 0.3)")
+            raise UserError(f"model.masking.min_aspect is {min_aspect}, but it lies between 0 and 1 (BEiT: 0.3)")
         ends(ratio)
         self.ratio = ratio
         self.min_block = min_block
@@ -134,7 +135,7 @@ class BlockMasking(Masking):
         least, _ = hidden_counts(self.ratio, h * w)
         min_block = self.min_block if self.min_block is not None else min(least, max(1, round(16 * h * w / 196)))
         if min_block > least:
-            raise ValueError(
+            raise UserError(
                 f"model.masking.min_block is {min_block}, but ratio {self.ratio} hides only {least} patches of the grid: lower "
                 f"it, or set it to null, which scales BEiT's 16"
             )
@@ -192,7 +193,7 @@ class AttentiveMasking(Masking):
     def attach(self, teacher: TargetGenerator) -> None:
         """Takes `teacher.attention`, which gives the CLS attention of each patch: images, grid -> [b h w]."""
         if not hasattr(teacher, "attention"):
-            raise ValueError(f"AttentiveMasking samples by a teacher's attention, and {type(teacher).__name__} has none")
+            raise UserError(f"AttentiveMasking samples by a teacher's attention, and {type(teacher).__name__} has none")
         attending: Any = teacher
         self.attention = attending.attention
 

@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 
+from unimim.errors import UserError
+
 COUNTED = ("epoch", "step")
 """What a ModelCheckpoint knows beside the metrics."""
 FILENAME = "filename of ModelCheckpoint"
@@ -43,7 +45,7 @@ class CheckMonitors(pl.Callback):
                 continue
             why = "which validation logs, and this run has none" if name in validated else "which nothing logs in this run"
             knn = "" if "val/knn" in logged or name != "val/knn" else " (val/knn needs unimim.KNNCallback in trainer.callbacks)"
-            raise ValueError(f"{part} waits for {name!r}, {why}: give one of {', '.join(logged)}{knn}")
+            raise UserError(f"{part} waits for {name!r}, {why}: give one of {', '.join(logged)}{knn}")
 
 
 def is_known(part: Any) -> bool:

@@ -5,6 +5,8 @@ from einops import rearrange
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from unimim.errors import UserError
+
 
 class LayerNorm(nn.Module):
     """Each patch to mean 0 and variance 1 over its channels, without learned scale and shift: MaskDistill's choice.
@@ -71,7 +73,7 @@ class CenteredSoftmax(nn.Module):
     def __init__(self, channels: int, temperature: float = 0.07, momentum: float = 0.9) -> None:
         super().__init__()
         if channels < 1 or not temperature > 0 or not 0 <= momentum <= 1:
-            raise ValueError(
+            raise UserError(
                 f"CenteredSoftmax: channels at least 1, temperature above 0, momentum within 0 to 1; got {channels}, "
                 f"{temperature}, {momentum}"
             )
@@ -86,7 +88,7 @@ class CenteredSoftmax(nn.Module):
             ValueError: c is not `channels`.
         """
         if target.shape[-1] != len(self.center):
-            raise ValueError(f"model.normalization.channels is {len(self.center)}, but the target has {target.shape[-1]}")
+            raise UserError(f"model.normalization.channels is {len(self.center)}, but the target has {target.shape[-1]}")
         probabilities = F.softmax((target - self.center) / self.temperature, dim=-1)
         if self.training:
             mean = target.mean((0, 1, 2))

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from unimim.backbones import timm_model
+from unimim.errors import UserError
 from unimim.randomness import accumulated
 
 FAMILIES = (VisionTransformer, Beit, Eva, SwinTransformer)
@@ -29,11 +30,11 @@ def check_rates(lr: float, weight_decay: float, betas: tuple[float, ...], warmup
         ValueError: a number of an AdamW and its schedule is out of its range, or no number.
     """
     if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
-        raise ValueError(f"model: lr above 0, weight_decay not below 0, both finite; got {lr}, {weight_decay}")
+        raise UserError(f"model: lr above 0, weight_decay not below 0, both finite; got {lr}, {weight_decay}")
     if not 0 <= min_lr <= lr or not 0 <= warmup_lr <= lr:
-        raise ValueError(f"model: min_lr and warmup_lr within 0 to lr; got {min_lr}, {warmup_lr} with lr {lr}")
+        raise UserError(f"model: min_lr and warmup_lr within 0 to lr; got {min_lr}, {warmup_lr} with lr {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"model.betas are at least 0 and below 1, got {list(betas)}")
+        raise UserError(f"model.betas are at least 0 and below 1, got {list(betas)}")
 
 
 def check_warmup(warmup_epochs: float) -> None:
@@ -42,7 +43,7 @@ def check_warmup(warmup_epochs: float) -> None:
         ValueError: it is no number of epochs.
     """
     if not 0 <= warmup_epochs < math.inf:
-        raise ValueError(f"model.warmup_epochs is a number of epochs, not below 0: got {warmup_epochs}")
+        raise UserError(f"model.warmup_epochs is a number of epochs, not below 0: got {warmup_epochs}")
 
 
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -164,7 +165,7 @@ def fused_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, flo
         ValueError: nothing learns.
     """
     if not any(group["params"] for group in groups):
-        raise ValueError("nothing is left to learn, every parameter has requires_grad=False: let some of them learn")
+        raise UserError("nothing is left to learn, every parameter has requires_grad=False: let some of them learn")
     optimizer: Any = AdamW(groups, lr=lr, betas=betas, fused=True)
     optimizer.register_load_state_dict_pre_hook(as_fused)
     optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip, and the GradScaler sets found_inf itself
@@ -179,7 +180,7 @@ def as_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """
     theirs, ours = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
     if theirs != ours or misplaced(optimizer, state):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's optimizer has groups of {theirs} parameters, this one of {ours}"
             f"{', of other shapes' if theirs == ours else ''}: what decays, or how much by layer, was chosen otherwise when "
             f"that run began; give its own configuration, --config RUN/config.yaml, with which it goes on as it began"
@@ -229,7 +230,7 @@ def schedule(
     """
     total_steps = optimizer_steps(trainer)
     if warmup_epochs and trainer.num_training_batches == math.inf:
-        raise ValueError(
+        raise UserError(
             f"model.warmup_epochs is {warmup_epochs:g}, but the data is a stream, whose epoch has no length: set "
             f"trainer.limit_train_batches to the batches of an epoch, or warmup_epochs to 0"
         )
@@ -278,18 +279,18 @@ def optimizer_steps(trainer: pl.Trainer) -> int:
     """
     limit: Any = trainer.limit_train_batches
     if limit == 0:
-        raise ValueError(f"there is nothing to train on: trainer.limit_train_batches is {limit}")
+        raise UserError(f"there is nothing to train on: trainer.limit_train_batches is {limit}")
     steps = all_steps(trainer)
     if steps == math.inf and trainer.max_epochs == -1:
-        raise ValueError("an endless training has no cosine and no poly: set trainer.max_epochs or trainer.max_steps")
+        raise UserError("an endless training has no cosine and no poly: set trainer.max_epochs or trainer.max_steps")
     if steps == math.inf:
-        raise ValueError(
+        raise UserError(
             "the data is a stream, whose epoch has no length, so that cosine and poly have no end: set trainer.max_steps, or "
             "trainer.limit_train_batches to the batches of an epoch"
         )
     if trainer.num_training_batches == 0:
         batch = getattr(trainer.train_dataloader, "batch_size", None)
-        raise ValueError(
+        raise UserError(
             f"{trainer.world_size} devices share the data, and none has a whole batch of {batch}: lower data.batch_size"
         )
     return int(steps)

@@ -7,6 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unimim.errors import UserError
 from unimim.printing import printable
 
 SHADES = 8
@@ -28,7 +29,7 @@ def palette(count: int) -> Tensor:
     colors = torch.cartesian_prod(side, side, side)
     colors = colors[oklab(colors)[:, 0] > DARK]
     if not 0 < count <= len(colors):
-        raise ValueError(f"there are colours for 1 to {len(colors)} classes, not for {count}")
+        raise UserError(f"there are colours for 1 to {len(colors)} classes, not for {count}")
     places = oklab(colors)
     chosen = [int((colors - side[SHADES // 2]).norm(dim=1).argmin())]
     distance = (places - places[chosen[0]]).norm(dim=1)

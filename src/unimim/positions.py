@@ -6,6 +6,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimim.errors import UserError
 from unimim.interfaces import Grid
 
 
@@ -18,7 +19,7 @@ def sincos_positions(width: int, grid_size: Grid, num_prefix_tokens: int) -> Ten
         ValueError: the width is no multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
+        raise UserError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
     quarters = build_sincos2d_pos_embed(list(grid_size), dim=width).chunk(4, dim=1)
     table = torch.cat([quarters[i] for i in (1, 3, 0, 2)], dim=1)
     return torch.cat([torch.zeros(num_prefix_tokens, width), table])[None]

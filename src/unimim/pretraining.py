@@ -13,6 +13,7 @@ from unimim.backbones import check_object, checkpoint_activations
 from unimim.batches import check_pixels, images_in
 from unimim.checkpoint import describe_backbone
 from unimim.data.crops import Crop
+from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, step_in_words
@@ -95,7 +96,7 @@ class MaskedImageModeling(Task):
         if "_instantiator" in self.hparams:  # the command line knows the letters as plain configuration
             self.save_hyperparameters()
         if selection not in ("masked", "visible", "all"):
-            raise ValueError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
+            raise UserError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
         check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
         check_warmup(warmup_epochs)
         check_object("model.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
@@ -108,7 +109,7 @@ class MaskedImageModeling(Task):
             checkpoint_activations(student.backbone)
         teacher.attach(student)
         if not isinstance(getattr(teacher, "dim", None), int):
-            raise ValueError(f"model.teacher: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
+            raise UserError(f"model.teacher: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
         masking.attach(teacher)
         built_head = head(student, teacher)
         check_object("what model.head makes", built_head, Head, "unimim.LinearHead's")
@@ -198,27 +199,27 @@ class MaskedImageModeling(Task):
                 target = self.normalization(raw)
             except (NotImplementedError, RuntimeError, TypeError) as error:
                 kinds = f"{type(self.normalization).__name__} does not take the {raw.dtype} of {type(self.teacher).__name__}"
-                raise ValueError(
+                raise UserError(
                     f"model.normalization: {kinds} ({error}); for a discrete one it is torch.nn.Identity"
                 ) from error
             if target.dtype in (torch.int32, torch.int16, torch.uint8):
-                raise ValueError(f"{type(self.teacher).__name__} gives {target.dtype}: discrete targets are long, add .long()")
+                raise UserError(f"{type(self.teacher).__name__} gives {target.dtype}: discrete targets are long, add .long()")
             channels = () if target.dtype == torch.long else (self.teacher.dim,)
             promise(self.masking, "mask", mask, (2, *grid_size))
             counts = mask.flatten(1).sum(1).tolist()
             promise(self.teacher, "target", target, (2, *grid_size, *channels))
             if mask.dtype != torch.bool:
-                raise ValueError(
+                raise UserError(
                     f"{type(self.masking).__name__} gives a mask of {mask.dtype}, but it has to be bool, True = hidden"
                 )
             if counts[0] != counts[1]:
-                raise ValueError(
+                raise UserError(
                     f"{type(self.masking).__name__} hides {counts[0]} and {counts[1]} patches of two images: it has to be one "
                     f"count in every image"
                 )
             selected = self.select(mask)
             if not selected.any():
-                raise ValueError(
+                raise UserError(
                     f"{type(self.masking).__name__} leaves no patch for the loss, which is on the {self.selection} ones: set "
                     f"model.selection to all, or another model.masking"
                 )
@@ -227,7 +228,7 @@ class MaskedImageModeling(Task):
                 prediction = self.head(tokens, mask, selected)
             except RuntimeError as error:
                 given = f"{self.student.name} with model_args {self.student.model_args}"
-                raise ValueError(f"student and head do not work on a blank image ({given}): {error}") from error
+                raise UserError(f"student and head do not work on a blank image ({given}): {error}") from error
             promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
             self.check_loss(prediction, target[selected])
         self.train()
@@ -240,17 +241,17 @@ class MaskedImageModeling(Task):
         loss, normalization = type(self.loss).__name__, type(self.normalization).__name__
         if target.dtype == torch.long:
             if isinstance(self.loss, (*REGRESSION, SoftCrossEntropyLoss, nn.NLLLoss)):
-                raise ValueError(
+                raise UserError(
                     f"{type(self.teacher).__name__} is discrete, and {loss} is not for its logits: set model.loss to "
                     f"torch.nn.CrossEntropyLoss"
                 )
         elif isinstance(self.loss, CLASSIFICATION) and not is_probability(target):
-            raise ValueError(
+            raise UserError(
                 f"{loss} is for classes or probabilities, which {type(self.teacher).__name__} with {normalization} does not "
                 f"give: set model.loss to a regression such as torch.nn.SmoothL1Loss, or model.normalization to CenteredSoftmax"
             )
         elif isinstance(self.loss, REGRESSION) and isinstance(self.normalization, (CenteredSoftmax, nn.Softmax)):
-            raise ValueError(
+            raise UserError(
                 f"{normalization} gives probabilities, and {loss} would compare them with logits: set model.loss to "
                 f"SoftCrossEntropyLoss"
             )
@@ -258,7 +259,7 @@ class MaskedImageModeling(Task):
             value = self.loss(prediction, target)
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)} {target.dtype}"
-            raise ValueError(f"model.loss: {loss} does not take prediction and target of {shapes}: {error}") from error
+            raise UserError(f"model.loss: {loss} does not take prediction and target of {shapes}: {error}") from error
         promise(self.loss, "loss", value, ())
 
     def setup(self, stage: str) -> None:
@@ -337,7 +338,7 @@ class MaskedImageModeling(Task):
             labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""
             if isinstance(batch, Crop):
                 labelled = ", which the data module finishes on the device: fit(model, data), not its train_dataloader()"
-            raise ValueError(
+            raise UserError(
                 f"pretraining takes batches of images alone, [b 3 H W] in [0, 1], but the data gave a "
                 f"{type(batch).__name__}{labelled}"
             )
@@ -409,13 +410,13 @@ def check_factory(head: object) -> None:
     """
     if isinstance(head, nn.Module):
         name = type(head).__name__
-        raise ValueError(
+        raise UserError(
             f"model.head is a {name} object, but it is made here, of student and teacher: give the class {name}, or "
             f"functools.partial({name}, ...) with its arguments"
         )
     if not callable(head) or (isinstance(head, type) and not issubclass(head, Head)):
         given = f"the class {head.__name__}" if isinstance(head, type) else repr(head)
-        raise ValueError(f"model.head is {given}, but has to be a class of heads, such as unimim.LinearHead")
+        raise UserError(f"model.head is {given}, but has to be a class of heads, such as unimim.LinearHead")
 
 
 def is_probability(target: Tensor) -> bool:
@@ -429,7 +430,7 @@ def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -
         ValueError: what a part gave for two images is of another shape than it has to be.
     """
     if value.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, not {shape}, which the "
             f"student's grid promises (and the teacher's dim, for target and prediction)"
         )

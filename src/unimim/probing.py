@@ -20,6 +20,7 @@ from unimim.backbones import check_image_size, check_timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, check_pixels
 from unimim.checkpoint import load_backbone
 from unimim.cpu import faster_on_cpu
+from unimim.errors import NotFiniteError, UserError
 from unimim.interfaces import RGB, Frozen, check_positive
 from unimim.launching import check_processes
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
@@ -70,7 +71,7 @@ def patch_tokens(backbone: Any, tokens: Tensor) -> Tensor:
         ValueError: the model gives no tokens, but a map of channels first.
     """
     if tokens.shape[-1] != backbone.num_features or tokens.ndim not in (3, 4):
-        raise ValueError(
+        raise UserError(
             f"{type(backbone).__name__} gives no tokens of {backbone.num_features} channels, but {tuple(tokens.shape)}: probes "
             f"take a ViT, BEiT, EVA or Swin"
         )
@@ -95,7 +96,7 @@ def check_feature(backbone: Any, feature: Feature) -> None:
     """
     known = ["mean"] if getattr(backbone, "cls_token", None) is None else ["mean", "cls"]
     if feature not in known:
-        raise ValueError(f"feature is {feature!r}, but this {type(backbone).__name__} has {' and '.join(known)} only")
+        raise UserError(f"feature is {feature!r}, but this {type(backbone).__name__} has {' and '.join(known)} only")
 
 
 def gather_shards(shard: Tensor, total: int) -> Tensor:
@@ -116,7 +117,7 @@ def gather_shards(shard: Tensor, total: int) -> Tensor:
     if several:
         distributed.all_gather_object(lengths, len(shard))
     if len(set(lengths)) > 1 or not 0 <= sum(lengths) - total < processes:
-        raise ValueError(
+        raise UserError(
             f"shards of {lengths} rows are none of DistributedSampler's of {total}: it has to have drop_last=False, and the "
             f"loader too"
         )
@@ -148,11 +149,11 @@ def knn(
         ValueError: k is larger than the bank, a feature is NaN or infinite, or the temperature is not above 0.
     """
     if not temperature > 0:
-        raise ValueError(f"k-NN's temperature is {temperature}, but it is above 0")
+        raise UserError(f"k-NN's temperature is {temperature}, but it is above 0")
     if k < 1:
-        raise ValueError(f"k-NN asks {k} neighbours, but at least 1 votes")
+        raise UserError(f"k-NN asks {k} neighbours, but at least 1 votes")
     if k > len(bank):
-        raise ValueError(f"k-NN asks {k} neighbours, but only {len(bank)} images have labels")
+        raise UserError(f"k-NN asks {k} neighbours, but only {len(bank)} images have labels")
     device = features.device
     if device.type == "mps":  # it has no float64
         features, bank = features.cpu(), bank.cpu()
@@ -204,7 +205,7 @@ def fixed_point(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: an entry is NaN or infinite.
     """
     if not torch.isfinite(features).all():
-        raise ValueError("k-NN needs finite features, but some are NaN or infinite: did the encoder diverge?")
+        raise UserError("k-NN needs finite features, but some are NaN or infinite: did the encoder diverge?")
     features = features.double()
     features = features / features.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     unit = 2 ** digits(features)
@@ -285,7 +286,7 @@ def loaded(
         return load_backbone(source, name, True, checkpoint_key, mean, std, **(model_args or {}))
     check_timm_model("model.backbone", backbone)
     if any(value is not None for value in (checkpoint, checkpoint_key, mean, std, model_args)):
-        raise ValueError("model.checkpoint, checkpoint_key, mean, std and model_args are for a backbone given by its name")
+        raise UserError("model.checkpoint, checkpoint_key, mean, std and model_args are for a backbone given by its name")
     return uncompiled(backbone)
 
 
@@ -326,9 +327,9 @@ class Probe(Task, ABC):
     ) -> None:
         super().__init__()
         if not lrs or not all(lr > 0 for lr in lrs) or len({f"{lr:g}" for lr in lrs}) < len(lrs):
-            raise ValueError(f"model.lrs takes one or more different rates above 0, got {list(lrs)}")
+            raise UserError(f"model.lrs takes one or more different rates above 0, got {list(lrs)}")
         if num_classes < 2:
-            raise ValueError(f"model.num_classes has to be 2 or more, got {num_classes}")
+            raise UserError(f"model.num_classes has to be 2 or more, got {num_classes}")
         check_rates(max(lrs), weight_decay, betas)
         check_warmup(warmup_epochs)
         config: Any = backbone.pretrained_cfg
@@ -364,19 +365,19 @@ class Probe(Task, ABC):
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.precision == "16-mixed" and len(self.lrs) > 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision {self.trainer.precision} skips a step for all rates when one overflows, so none would be "
                 f"independent of the others: use bf16-mixed or 32-true, or one rate"
             )
         if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy: of a probe the backbone learns nothing, so there is nothing to shard: got "
                 f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
             )
         super().setup(stage)
         check_processes(self.trainer)
         if getattr(data, "labelled", True) is False:
-            raise ValueError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+            raise UserError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         check_classes(len(getattr(data, "classes", [])), self.num_classes, "probe")
 
     @abstractmethod
@@ -410,7 +411,7 @@ class Probe(Task, ABC):
         """
         loss = self.trainer.callback_metrics.get("train/loss")
         if may_wait(self.trainer) and loss is not None and not loss.isfinite():
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the loss of every rate is NaN or infinite at step {self.trainer.global_step}: see that the pixels and the "
                 f"backbone's weights are finite, or lower model.lrs; the last checkpoint is kept"
             )
@@ -487,13 +488,13 @@ class Probe(Task, ABC):
         ours: dict[str, Any] = {}
         self.on_save_checkpoint(ours)
         if "probe" not in checkpoint:
-            raise ValueError("the checkpoint is not one of a probe (one of pretraining is given as --model.backbone)")
+            raise UserError("the checkpoint is not one of a probe (one of pretraining is given as --model.backbone)")
         if differing := [key for key, value in ours["probe"].items() if checkpoint["probe"].get(key) != value]:
             theirs = ", ".join(f"{key} {checkpoint['probe'].get(key)}" for key in differing)
             mine = ", ".join(f"{key} {ours['probe'][key]}" for key in differing)
-            raise ValueError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
+            raise UserError(f"the checkpoint is of a probe with {theirs}, this one has {mine}: give those of the checkpoint")
         if checkpoint["probe_backbone"] != self.digest:
-            raise ValueError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
+            raise UserError("the checkpoint's probe was trained on another backbone: give the same one as model.backbone")
         super().on_load_checkpoint(checkpoint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Probe":
@@ -542,7 +543,7 @@ class LinearProbe(Probe):
         model_args: dict[str, Any] | None = None,
     ) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"model.momentum is at least 0 and below 1, got {momentum}")
+            raise UserError(f"model.momentum is at least 0 and below 1, got {momentum}")
         encoder = loaded(backbone, checkpoint, checkpoint_key, mean, std, model_args)
         check_feature(encoder, feature)
         dim: Any = encoder.num_features
@@ -607,7 +608,7 @@ class AttentiveProbe(Probe):
         dim: Any = encoder.num_features
         check_positive("model", num_heads=num_heads)
         if dim % num_heads:
-            raise ValueError(f"model.num_heads {num_heads} does not divide the backbone's {dim} channels")
+            raise UserError(f"model.num_heads {num_heads} does not divide the backbone's {dim} channels")
         pooling = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
         head = nn.Sequential(pooling, nn.Linear(dim, num_classes))
         super().__init__(encoder, head, num_classes, lrs, weight_decay, warmup_epochs, betas)

@@ -24,6 +24,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, DistributedSampler
 
+from unimim.errors import UserError
+
 
 class View(NamedTuple):
     """Stands where an epoch does: an image then looks as in epoch `number` of a run with this seed, in a run of any seed."""
@@ -383,12 +385,12 @@ def check_loader(trainer: pl.Trainer) -> None:
     loader: Any = trainer.train_dataloader
     dataset, sampler = loader.dataset, loader.sampler
     if loader.batch_size is None:
-        raise ValueError(
+        raise UserError(
             "the training's DataLoader has batch_size=None, but a place within an epoch is counted in batches: give it a "
             "batch_size"
         )
     if sampler.num_replicas != trainer.world_size:
-        raise ValueError(
+        raise UserError(
             f"ResumableSampler shares the images among {sampler.num_replicas} processes, but {trainer.world_size} train: make "
             f"it in train_dataloader, where torch.distributed is initialized"
         )
@@ -399,7 +401,7 @@ def check_loader(trainer: pl.Trainer) -> None:
     except (TypeError, LookupError, ValueError) as error:
         if isinstance(error, ValueError):
             dataset[0]  # a first file that cannot be read is no fault of the place, and says so itself
-        raise ValueError(
+        raise UserError(
             f"ResumableSampler yields (epoch, index), which {type(dataset).__name__} does not take ({error}): wrap it, "
             f"DataLoader(SeededSamples(dataset), ...)"
         ) from error

@@ -21,6 +21,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_info
 from torch import distributed
 
+from unimim.errors import UnwritableError, UserError
 from unimim.files import check_checkpoint, read_pickle, save
 from unimim.written import remove_dead, whole
 
@@ -64,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             refused = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
             if refused is None:
                 raise
-            raise OSError(
+            raise UnwritableError(
                 f"the checkpoint {destination} could not be written: {refused.strerror}; make room, or set another folder "
                 f"(trainer.default_root_dir, or save_dir of trainer.logger); the checkpoints before it are kept"
             ) from error
@@ -128,14 +129,14 @@ def check_folders(trainer: pl.Trainer, checkpoint: str | None, resumes: bool) ->
     for folder in folders:
         left = found_in(folder, ("*.ckpt",))
         if left and not resumes and not requeued and not goes_on_in(trainer, checkpoint, folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder} has checkpoints of an earlier run ({left}): give another folder (trainer.default_root_dir, or "
                 f"dirpath of ModelCheckpoint), or go on from one of them, --ckpt_path FILE"
             )
     for folder in logged_in(trainer):
         left = found_in(folder, LOGGED)
         if left and not goes_on_in(trainer, checkpoint, folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder} is of an earlier run, whose {left} is there: set another version, name or save_dir of "
                 f"trainer.logger (id, of W&B), or go on from its checkpoint, --ckpt_path FILE"
             )
@@ -257,7 +258,7 @@ class SameCheckpoint(pl.Callback):
             distributed.all_gather_object(found, self.path)  # so each says the same: the first to end may end the others
         for process, path in enumerate(found):
             if path != found[0]:
-                raise ValueError(
+                raise UserError(
                     f"--resume auto: process {process} found {path}, process 0 found {found[0]}: let all nodes share the "
                     f"folders of the checkpoints, or give --ckpt_path"
                 )

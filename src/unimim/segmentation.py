@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled, images_in
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.fitting import by
 from unimim.interfaces import IGNORED, RGB, Grid
@@ -124,31 +125,31 @@ class UperNetSegmentation(Task):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
         if num_classes < 2 or num_classes > IGNORED or channels < 1 or (recipe_batch is not None and recipe_batch < 1):
-            raise ValueError(
+            raise UserError(
                 f"model: num_classes within 2 to {IGNORED} ({IGNORED} is ignored), channels and recipe_batch at least 1; got "
                 f"{num_classes}, {channels}, {recipe_batch}"
             )
         if inference not in ("slide", "whole"):
-            raise ValueError(f"model.inference is slide or whole, got {inference!r}")
+            raise UserError(f"model.inference is slide or whole, got {inference!r}")
         check_rates(lr, weight_decay, betas)
         if not 0 < layer_decay <= 1 or not 0 <= auxiliary_weight < math.inf or not 0 <= dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"model: layer_decay within 0 to 1, auxiliary_weight not below 0, dropout within 0 to 1; got {layer_decay}, "
                 f"{auxiliary_weight}, {dropout}"
             )
         if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or not power > 0:
-            raise ValueError(
+            raise UserError(
                 f"model: warmup_steps not below 0, warmup_ratio within 0 to 1, power above 0; got {warmup_steps}, "
                 f"{warmup_ratio}, {power}"
             )
         if not scales or min(scales) <= 0:
-            raise ValueError(f"model.scales are one or more factors above 0, got {list(scales)}")
+            raise UserError(f"model.scales are one or more factors above 0, got {list(scales)}")
         self.guard = SkipNonFinite(max_skipped_updates)
         self.checkpoint = self.pretrained_from = checkpoint
         network: Any = backbone
         told = crop_size
         if backbone is None:  # it has a default so that a checkpoint of segmentation can say it on the command line
-            raise ValueError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
+            raise UserError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
         if isinstance(backbone, str):
             given: dict[str, Any] = {**(model_args or {}), "num_classes": 0, "global_pool": ""}
             if checkpoint is None:
@@ -159,7 +160,7 @@ class UperNetSegmentation(Task):
             told = given.get("img_size")
             self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
         elif checkpoint is not None or model_args is not None:
-            raise ValueError("model.checkpoint and model.model_args are for a backbone given by its name")
+            raise UserError("model.checkpoint and model.model_args are for a backbone given by its name")
         check_timm_model("model.backbone", network)
         network = uncompiled(network)
         config = network.pretrained_cfg
@@ -180,7 +181,7 @@ class UperNetSegmentation(Task):
         self.crop_size = window_size(network, crop_size, self.built)
         self.stride = pair(stride) if stride is not None else (self.crop_size[0] * 2 // 3, self.crop_size[1] * 2 // 3)
         if any(not 0 < step <= side for step, side in zip(self.stride, self.crop_size, strict=True)):
-            raise ValueError(f"model.stride is within 1 to crop_size {by(self.crop_size)}, got {by(self.stride)}")
+            raise UserError(f"model.stride is within 1 to crop_size {by(self.crop_size)}, got {by(self.stride)}")
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         self.classes: list[str] = []
         self.sides: tuple[int, int] | None = None
@@ -308,12 +309,12 @@ class UperNetSegmentation(Task):
         if not isinstance(backbone, (VisionTransformer, Beit, Eva)):
             told = hasattr(getattr(backbone, "patch_embed", None), "strict_img_size")
             other = ", or strict_img_size: false in model.model_args" if told else ""
-            raise ValueError(
+            raise UserError(
                 f"the image is {by(size)} pixels, but this {type(backbone).__name__} takes only {by(self.built or size)}: set "
                 f"model.inference to slide{other}"
             )
         if isinstance(self.pyramid, FSDPModule):
-            raise ValueError(
+            raise UserError(
                 "model.inference: whole resizes a copy of the backbone, and shards cannot be copied: set it to slide, or "
                 "trainer.strategy to ddp"
             )
@@ -461,14 +462,14 @@ class UperNetSegmentation(Task):
         if stage == "predict" or data is None:
             return
         if getattr(data, "labelled", True) is False:
-            raise ValueError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+            raise UserError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
         self.classes = list(getattr(data, "classes", self.classes))
         check_classes(len(self.classes), self.num_classes, "head")
         batch = getattr(data, "batch_size", None)
         if stage != "fit" or batch is None:
             return
         if batch == 1 and not synchronised:
-            raise ValueError(
+            raise UserError(
                 "data.batch_size is 1, but UperNet's pool of 1x1 of one image cannot be batch-normalized: set it to at least 2"
             )
         total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
@@ -526,15 +527,13 @@ def window_size(backbone: Any, given: int | Grid | None, built: Grid | None) -> 
     """
     if given is None:
         if built is None:
-            raise ValueError(
-                f"model.crop_size is missing: {type(backbone).__name__} takes any size (ADE20K's protocol has 512)"
-            )
+            raise UserError(f"model.crop_size is missing: {type(backbone).__name__} takes any size (ADE20K's protocol has 512)")
         return built
     size = pair(given)
     if min(size) < 1:
-        raise ValueError(f"model.crop_size is {by(size)}, but it is at least 1")
+        raise UserError(f"model.crop_size is {by(size)}, but it is at least 1")
     if built is not None and size != built and takes_only_its_size(backbone):
-        raise ValueError(
+        raise UserError(
             f"model.crop_size is {by(size)}, but the backbone was built for {by(built)} pixels: set img_size in "
             f"model.model_args to {size[0] if size[0] == size[1] else list(size)}"
         )

@@ -13,6 +13,8 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unimim.errors import UserError
+
 LISTS = ("blocks", "stages", "layers")
 """How timm calls the lists of what a network repeats; the first of them that a network has is taken."""
 FORWARDS = ("forward_features", "forward_intermediates")
@@ -45,7 +47,7 @@ def shard(task: pl.LightningModule, modules: Sequence[nn.Module], followers: Seq
         if isinstance(callback, WeightAveraging):
             check_average(callback, task)
     if isinstance(strategy, FSDPStrategy) and followers:
-        raise ValueError(
+        raise UserError(
             "model.teacher: an average cannot follow the flat shards of FSDPStrategy: set trainer.strategy to "
             "ModelParallelStrategy, whose shards it can follow, or to ddp"
         )
@@ -53,7 +55,7 @@ def shard(task: pl.LightningModule, modules: Sequence[nn.Module], followers: Seq
         return
     mesh = strategy.device_mesh["data_parallel"]
     if mesh.size() != trainer.world_size:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy: of {trainer.world_size} processes only {mesh.size()} would share the data, the others would "
             f"split tensors, for which these models have no plan: set data_parallel_size to {trainer.world_size} and "
             f"tensor_parallel_size to 1"
@@ -61,7 +63,7 @@ def shard(task: pl.LightningModule, modules: Sequence[nn.Module], followers: Seq
     if strategy._layer_sync is not None:  # which this strategy of Lightning leaves alone
         strategy._layer_sync.apply(task)
     elif strategy.root_device.type != "cpu" and any(isinstance(part, _BatchNorm) for part in task.modules()):
-        raise ValueError(
+        raise UserError(
             "batch norms would gather statistics of their own in each process, and a file of shards mixes them: set "
             "trainer.sync_batchnorm to true"
         )
@@ -90,12 +92,12 @@ def check_average(average: WeightAveraging, task: pl.LightningModule) -> None:
     """
     strategy = type(task.trainer.strategy)
     if issubclass(strategy, (FSDPStrategy, ModelParallelStrategy)):
-        raise ValueError(
+        raise UserError(
             f"trainer.callbacks: {type(average).__name__} holds a whole copy, which cannot follow the shards of "
             f"{strategy.__name__}: leave it out, or set trainer.strategy to ddp"
         )
     if average._use_buffers and not all(buffer.is_floating_point() for buffer in task.buffers()):
-        raise ValueError(
+        raise UserError(
             f"trainer.callbacks: {type(average).__name__} would average integers, and round them to wrong ones: set its "
             f"use_buffers to false"
         )

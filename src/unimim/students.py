@@ -10,6 +10,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from unimim.errors import UserError
 from unimim.initialization import SCHEMES, Init, Token, check_init, fill_positions, initialize_backbone
 from unimim.interfaces import RGB, Student
 from unimim.selection import inverse, pick, places
@@ -115,16 +116,16 @@ class VisibleStudent(Student):
     ) -> None:
         super().__init__(backbone, model_args, mean, std)
         if not isinstance(self.backbone, (VisionTransformer, Eva)):
-            raise ValueError(f"{backbone} needs the whole grid and cannot drop patches: use MaskTokenStudent, or a ViT or EVA")
+            raise UserError(f"{backbone} needs the whole grid and cannot drop patches: use MaskTokenStudent, or a ViT or EVA")
         refuse_mixing(self)
         begin(self, init, decayed)
         if positions == "sincos":
             if self.backbone.pos_embed is None:
-                raise ValueError(f"positions='sincos': {backbone} has no table of positions to fill")
+                raise UserError(f"positions='sincos': {backbone} has no table of positions to fill")
             fill_positions(self.backbone, None)
             self.backbone.pos_embed.requires_grad_(False)
         elif positions != "learned":
-            raise ValueError(f"model.student.positions is {positions!r}, known are 'learned' and 'sincos'")
+            raise UserError(f"model.student.positions is {positions!r}, known are 'learned' and 'sincos'")
         self._mask: Tensor | None = None
         if isinstance(self.backbone, Eva):
             self.backbone.patch_drop = KeptIndices()  # type: ignore[assignment]
@@ -169,7 +170,7 @@ def begin(student: Student, init: Init, decayed: Sequence[Token]) -> None:
     """
     check_init("model.student.init", init)
     if unknown := [name for name in decayed if name not in get_args(Token)]:
-        raise ValueError(f"model.student.decayed has {unknown}, known are {', '.join(get_args(Token))}")
+        raise UserError(f"model.student.decayed has {unknown}, known are {', '.join(get_args(Token))}")
     initialize_backbone(student.backbone, init)
     student.init, student.decayed = init, tuple(decayed)
 
@@ -183,4 +184,4 @@ def refuse_mixing(student: Student) -> None:
     proj = patch_embed.proj
     patch = tuple(side // cells for side, cells in zip(student.image_size, patch_embed.grid_size, strict=True))
     if not isinstance(proj, nn.Conv2d) or not proj.kernel_size == proj.stride == patch or any(proj.padding):
-        raise ValueError(f"{student.name} mixes patches before it embeds them, masked ones would leak: use a plain ViT or BEiT")
+        raise UserError(f"{student.name} mixes patches before it embeds them, masked ones would leak: use a plain ViT or BEiT")

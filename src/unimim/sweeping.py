@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 
 from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, settings
+from unimim.errors import MissingFileError, UserError
 from unimim.faults import INTERRUPTED, StopOnSignal, status_after
 from unimim.files import read_file
 from unimim.pretraining import MaskedImageModeling
@@ -132,39 +133,39 @@ def read_sweep(path: Path) -> dict[str, Any]:
         ValueError: it is no sweep, or none that can be run here.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no sweep file {path}; conf/sweeps/mask_ratio.yaml is one")
+        raise MissingFileError(f"there is no sweep file {path}; conf/sweeps/mask_ratio.yaml is one")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     keys = content if isinstance(content, dict) else {}
     if missing := [key for key in ("method", "metric", "parameters") if key not in keys]:
-        raise ValueError(f"{path} is no sweep: it has no {missing[0]}; a sweep has method, metric and parameters")
+        raise UserError(f"{path} is no sweep: it has no {missing[0]}; a sweep has method, metric and parameters")
     for key in keys:
         if key not in KEYS:
             near, known = closest(str(key), list(KEYS)), ", ".join(KEYS)
-            raise ValueError(f"{path}: unimim sweep does not know {key!r}.{near} Known: {known}")
+            raise UserError(f"{path}: unimim sweep does not know {key!r}.{near} Known: {known}")
     method, metric, parameters = (content[key] for key in ("method", "metric", "parameters"))
     if method not in METHODS:
-        raise ValueError(
+        raise UserError(
             f"{path}: method is {method!r}.{closest(str(method), list(METHODS))} unimim sweep runs grid and random; bayes "
             f"needs W&B's server (wandb sweep {path})"
         )
     named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
     if not named or not set(metric) <= {"name", "goal"} or metric.get("goal", GOALS[0]) not in GOALS:
-        raise ValueError(f"{path}: metric is {metric!r}, but it has a name, such as val/knn, and a goal, minimize or maximize")
+        raise UserError(f"{path}: metric is {metric!r}, but it has a name, such as val/knn, and a goal, minimize or maximize")
     if not isinstance(parameters, dict) or not parameters:
-        raise ValueError(f"{path}: parameters is {parameters!r}: an empty {method}; give {RATIO}: {{values: [0.4, 0.6]}}")
+        raise UserError(f"{path}: parameters is {parameters!r}: an empty {method}; give {RATIO}: {{values: [0.4, 0.6]}}")
     for name, spec in parameters.items():
         check_parameter(f"{path}: {name}", spec, "grid" if name == SEED else method)
     cap = content.get("run_cap")
     if not (isinstance(cap, int) and cap > 0) and (method == "random" or cap is not None):
-        raise ValueError(f"{path}: run_cap is {cap!r}, but it is the number of points, at least 1; method random needs it")
+        raise UserError(f"{path}: run_cap is {cap!r}, but it is the number of points, at least 1; method random needs it")
     if (program := content.get("program", PROGRAM)) != PROGRAM:
-        raise ValueError(f"{path}: program is {program!r}, but unimim sweep runs {PROGRAM} pretrain fit: use wandb agent")
+        raise UserError(f"{path}: program is {program!r}, but unimim sweep runs {PROGRAM} pretrain fit: use wandb agent")
     for word in content.get("command") or []:
         if word not in COMMAND and not str(word).startswith("--trainer.logger"):
-            raise ValueError(
+            raise UserError(
                 f"{path}: command has {word!r}, which unimim sweep would run the trials without: give it as a parameter with "
                 f"one value"
             )
@@ -178,15 +179,15 @@ def check_parameter(where: str, spec: Any, method: str) -> None:
     """
     keys = set(spec) - {"distribution"} if isinstance(spec, dict) else set()
     if keys not in ({"value"}, {"values"}, {"min", "max"}):
-        raise ValueError(f"{where} is {spec!r}, but a parameter has a value, values, or min and max ({RATIO} is one word)")
+        raise UserError(f"{where} is {spec!r}, but a parameter has a value, values, or min and max ({RATIO} is one word)")
     if keys == {"values"} and not (isinstance(spec["values"], list) and spec["values"]):
-        raise ValueError(f"{where} has values {spec['values']!r}: an empty {method}; give a list such as [0.4, 0.6]")
+        raise UserError(f"{where} has values {spec['values']!r}: an empty {method}; give a list such as [0.4, 0.6]")
     if None in spec.get("values", [spec.get("value", "")]):
-        raise ValueError(f'{where} has null, which W&B and unimim sweep write as None in the command: write "null", in quotes')
+        raise UserError(f'{where} has null, which W&B and unimim sweep write as None in the command: write "null", in quotes')
     if keys == {"min", "max"}:
         check_range(where, spec, method)
     elif (kind := distribution(spec)) not in (None, "constant" if "value" in spec else "categorical"):
-        raise ValueError(f"{where}: distribution is {kind!r}, which is for min and max: leave it out")
+        raise UserError(f"{where}: distribution is {kind!r}, which is for min and max: leave it out")
 
 
 def check_range(where: str, spec: dict[str, Any], method: str) -> None:
@@ -196,17 +197,17 @@ def check_range(where: str, spec: dict[str, Any], method: str) -> None:
     """
     low, high, kind = spec["min"], spec["max"], distribution(spec)
     if method == "grid":
-        raise ValueError(f"{where} has min and max, which no grid goes through: give values, or method random and a run_cap")
+        raise UserError(f"{where} has min and max, which no grid goes through: give values, or method random and a run_cap")
     if {type(low), type(high)} - {int, float} or low > high:
-        raise ValueError(f"{where} has min {low!r} and max {high!r}, but they are numbers, the lower one first")
+        raise UserError(f"{where} has min {low!r} and max {high!r}, but they are numbers, the lower one first")
     if kind is None:
-        raise ValueError(f"{where} has min {low} and max {high}: write both as whole numbers, or both with a point")
+        raise UserError(f"{where} has min {low} and max {high}: write both as whole numbers, or both with a point")
     if kind not in DISTRIBUTIONS:
-        raise ValueError(f"{where}: distribution is {kind!r}, and unimim sweep draws from {', '.join(DISTRIBUTIONS)}")
+        raise UserError(f"{where}: distribution is {kind!r}, and unimim sweep draws from {', '.join(DISTRIBUTIONS)}")
     if kind == "int_uniform" and {type(low), type(high)} != {int}:
-        raise ValueError(f"{where} has min {low} and max {high}, but int_uniform draws whole numbers between whole numbers")
+        raise UserError(f"{where} has min {low} and max {high}, but int_uniform draws whole numbers between whole numbers")
     if kind == "log_uniform_values" and low <= 0:
-        raise ValueError(f"{where} has min {low!r}, but log_uniform_values starts above 0")
+        raise UserError(f"{where} has min {low!r}, but log_uniform_values starts above 0")
 
 
 def distribution(spec: dict[str, Any]) -> Any:
@@ -235,7 +236,7 @@ def trials_of(content: dict[str, Any], seeds: list[int] | None, overrides: list[
     varied = [name for name, spec in parameters.items() if "value" not in spec]
     named = [word.removeprefix("--").partition("=")[0] for word in overrides if word.startswith("--")]
     if both := [name for name in varied if name in named and name != "config"]:
-        raise ValueError(f"--{both[0]} is what the sweep varies: leave it out, or take it out of the sweep's parameters")
+        raise UserError(f"--{both[0]} is what the sweep varies: leave it out, or take it out of the sweep's parameters")
     trials: dict[str, Trial] = {}
     for point in points(content, parameters):
         # as W&B's agent writes them; one device, because further processes would each run the whole sweep
@@ -243,11 +244,11 @@ def trials_of(content: dict[str, Any], seeds: list[int] | None, overrides: list[
         configuration = parsed(words)
         devices = configuration["trainer"]["devices"]
         if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-            raise ValueError(f"trainer.devices is {devices}, but a sweep runs in one process: leave it out, or use wandb agent")
+            raise UserError(f"trainer.devices is {devices}, but a sweep runs in one process: leave it out, or use wandb agent")
         if isinstance(seed := configuration[SEED], bool):  # Lightning leaves that of the trial before, in PL_GLOBAL_SEED
-            raise ValueError(f"{SEED} is {str(seed).lower()}, but a trial has a seed of its own: give a number (--seeds 0 1)")
+            raise UserError(f"{SEED} is {str(seed).lower()}, but a trial has a seed of its own: give a number (--seeds 0 1)")
         if configuration["ckpt_path"] is not None:
-            raise ValueError("--ckpt_path is for one run: leave it out, a trial that was interrupted goes on by itself")
+            raise UserError("--ckpt_path is for one run: leave it out, a trial that was interrupted goes on by itself")
         if configuration["cache"] is not None:
             configuration["cache"] = cache_of(configuration)
             words.append(f"--cache={configuration['cache']}")
@@ -256,7 +257,7 @@ def trials_of(content: dict[str, Any], seeds: list[int] | None, overrides: list[
         own_folder = isinstance(logger, dict) and logger["class_path"].rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger")
         trial = Trial(chosen, words, digest(configuration), own_folder)
         if (same := trials.setdefault(trial.key, trial)).point != chosen:
-            raise ValueError(
+            raise UserError(
                 f"({told(same.point)}) and ({told(chosen)}) are the same command in the end: an option decides what the sweep "
                 f"varies, or two of its values are one"
             )
@@ -367,7 +368,7 @@ def finished_before(path: Path) -> tuple[dict[str, float], float | None]:
         content = json.loads(path.read_text())
         return {str(name): float(value) for name, value in content["metrics"].items()}, content["seconds"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and the same command runs this trial again") from error
+        raise UserError(f"{path} is damaged ({error}): delete it, and the same command runs this trial again") from error
 
 
 def number_finished(trials: list[Trial], folder: Path) -> int:
@@ -425,7 +426,7 @@ def check_metric(trial: Trial, trials: list[Trial], name: str) -> None:
         return
     known = list(trial.metrics)
     if not any(name in other.metrics for other in trials if other.metrics is not None):
-        raise ValueError(
+        raise UserError(
             f"metric.name is {name!r}, which no trial has logged.{closest(name, known)} Known: {', '.join(known)} (val/knn "
             f"needs the parameter trainer.callbacks: {{value: unimim.KNNCallback}})"
         )

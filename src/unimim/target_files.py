@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unimim.errors import UnwritableError, UserError
 from unimim.files import content_of
 from unimim.written import remove_dead, save_tensors, whole
 
@@ -85,7 +86,7 @@ class TargetFiles:
             content = self.open(view, number)
             target, quarter = content["targets"][offset], content["quarters"][offset]
             if checksum(target, quarter) != content["checksums"][offset]:
-                raise ValueError(self.damaged(view, number, f"image {index} has another checksum"))
+                raise UserError(self.damaged(view, number, f"image {index} has another checksum"))
             targets[row], quarters[row] = target, quarter
         return targets, quarters
 
@@ -101,11 +102,11 @@ class TargetFiles:
                 with safe_open(file, "pt") as content:
                     tensors = {name: content.get_tensor(name) for name in ("targets", "quarters", "checksums")}
             except (OSError, SafetensorError) as error:
-                raise ValueError(self.damaged(view, number, error)) from error
+                raise UserError(self.damaged(view, number, error)) from error
             expected = (len(self.indices(number)), *self.shape)
             if tensors["targets"].shape != expected or tensors["targets"].dtype != self.dtype:
                 found = f"{tuple(tensors['targets'].shape)} {tensors['targets'].dtype}"
-                raise ValueError(self.damaged(view, number, f"{found}, not {expected} {self.dtype}"))
+                raise UserError(self.damaged(view, number, f"{found}, not {expected} {self.dtype}"))
             self.opened[file] = tensors
         return self.opened[file]
 
@@ -143,7 +144,9 @@ def whole_in_cache(path: Path) -> Iterator[Path]:
             yield part
     except (OSError, SafetensorError) as error:
         if not path.is_dir():
-            raise OSError(f"the cache cannot write {path} ({error}): make room, or give another folder (--cache)") from error
+            raise UnwritableError(
+                f"the cache cannot write {path} ({error}): make room, or give another folder (--cache)"
+            ) from error
 
 
 def in_words(size: float) -> str:

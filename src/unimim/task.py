@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import unimim
 from unimim.batches import checked
+from unimim.errors import UserError
 from unimim.faults import SkipNonFinite, guarded
 from unimim.files import (
     CHANGED,
@@ -74,22 +75,22 @@ class Task(pl.LightningModule):
             ValueError: the file is damaged, is a pickle of more than data, or names a class that it may not name.
         """
         if hparams_file is not None:
-            raise ValueError(f"hparams_file {hparams_file} is not read: give the arguments by name, {cls.__name__}'s")
+            raise UserError(f"hparams_file {hparams_file} is not read: give the arguments by name, {cls.__name__}'s")
         if weights_only is False:
             return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, False, **kwargs)
         where = map_location or _default_map_location
         if "://" in str(checkpoint_path):
             content = _load(checkpoint_path, where, weights_only=True)
             if is_changed(content):
-                raise ValueError(damaged(checkpoint_path, CHANGED))
+                raise UserError(damaged(checkpoint_path, CHANGED))
         else:
             content = read_pickle(Path(checkpoint_path), map_location=where)
         check_description(content, checkpoint_path)
         said = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
         if not isinstance(said, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ValueError(f"{checkpoint_path} is no checkpoint of a training: it has no hyper_parameters and no state_dict")
+            raise UserError(f"{checkpoint_path} is no checkpoint of a training: it has no hyper_parameters and no state_dict")
         if said.get("checkpoint") is not None:  # ours name none, so that they need no other file
-            raise ValueError(refusal(f"{checkpoint_path}: hyper_parameters.checkpoint", "another file"))
+            raise UserError(refusal(f"{checkpoint_path}: hyper_parameters.checkpoint", "another file"))
         kept = {str(key): value for key, value in said.items() if key not in ("checkpoint", *kwargs)}
         made_of = {
             key: made(value, f"{checkpoint_path}: hyper_parameters.{key}", key)
@@ -194,7 +195,7 @@ def made(value: Any, where: str, key: str = "") -> Any:
     if key == "model_args":
         check_plain(value, where)
     if key in NETWORKS and isinstance(value, str) and not re.fullmatch(r"[\w.]+", value):
-        raise ValueError(f"{where} is refused: it is {value!r}, where only a name of timm's own may stand")
+        raise UserError(f"{where} is refused: it is {value!r}, where only a name of timm's own may stand")
     if isinstance(value, (list, tuple)):
         return type(value)(made(part, f"{where}[{place}]") for place, part in enumerate(value))
     if not isinstance(value, dict):
@@ -219,7 +220,7 @@ def class_of(class_path: Any, where: str, key: str) -> type[nn.Module]:
             package = "unimim" if found.__module__.startswith("unimim.") else "torch.nn"
             if class_path in (name, f"{package}.{name}", f"{found.__module__}.{name}"):
                 return found
-    raise ValueError(
+    raise UserError(
         f"{where} is refused: it is the class {class_path!r}, and a file may name those of unimim and torch.nn only: give "
         f"it by hand, load_from_checkpoint(PATH, {key or 'NAME'}=...)"
     )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
 from unimim.backbones import check_image_size, checkpoint_activations
+from unimim.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 """Pixels between neighbours in each level of the pyramid."""
@@ -58,7 +59,7 @@ class FeaturePyramid(nn.Module):
         self.backbone = backbone
         name = type(backbone).__name__
         if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "feature_info"):
-            raise ValueError(f"{name} gives no features of its blocks: take a timm model that has forward_intermediates")
+            raise UserError(f"{name} gives no features of its blocks: take a timm model that has forward_intermediates")
         features = list(backbone.feature_info)
         strides = [feature["reduction"] for feature in features]
         one_stride = len(set(strides)) == 1
@@ -67,7 +68,7 @@ class FeaturePyramid(nn.Module):
         else:
             self.indices = last_stages(name, strides)
             if blocks is not None:
-                raise ValueError(f"{name} is hierarchical and gives its last four stages: blocks are for a ViT, BEiT or EVA")
+                raise UserError(f"{name} is hierarchical and gives its last four stages: blocks are for a ViT, BEiT or EVA")
         self.channels: list[int] = [features[index]["num_chs"] for index in self.indices]
         backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if checkpointing:
@@ -94,7 +95,7 @@ class FeaturePyramid(nn.Module):
         check_image_size(self.backbone, images)
         height, width = images.shape[-2:]
         if min(height, width) < self.coarsest:
-            raise ValueError(
+            raise UserError(
                 f"the images are {height}x{width} pixels, but the pyramid's coarsest stride is {self.coarsest} pixels: "
                 f"take images at least that large"
             )
@@ -118,7 +119,7 @@ class UperNetHead(nn.Module):
     def __init__(self, in_channels: list[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
         if len(in_channels) != LEVELS:
-            raise ValueError(f"UperNetHead takes four levels, got in_channels {in_channels}")
+            raise UserError(f"UperNetHead takes four levels, got in_channels {in_channels}")
         *finer, coarsest = in_channels
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(bins), convolution(coarsest, channels, 1)) for bins in POOLS
@@ -154,7 +155,7 @@ class UperNetHead(nn.Module):
         """
         synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in self.pools.modules())
         if self.training and len(images) == 1 and not synchronised:
-            raise ValueError(
+            raise UserError(
                 "a batch of 1 image cannot be trained on: UperNet's pool of 1x1 has a single value a channel, which no batch "
                 "norm can use; set data.batch_size to at least 2"
             )
@@ -191,7 +192,7 @@ def four_blocks(depth: int, blocks: list[int] | None) -> list[int]:
     chosen = [depth // 3 - 1, depth // 2 - 1, depth - depth // 3 - 1, depth - 1] if blocks is None else list(blocks)
     if len(chosen) != LEVELS or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= depth:
         given = f"blocks {chosen}" if blocks is not None else "fewer than four"
-        raise ValueError(f"a pyramid takes four of the backbone's {depth} blocks (0 to {depth - 1}, ascending), got {given}")
+        raise UserError(f"a pyramid takes four of the backbone's {depth} blocks (0 to {depth - 1}, ascending), got {given}")
     return chosen
 
 
@@ -204,7 +205,7 @@ def last_stages(name: str, strides: list[int]) -> list[int]:
     chosen = list(range(len(strides)))[-LEVELS:]
     coarseness = [strides[index] for index in chosen]
     if coarseness != [coarseness[0] * 2**level for level in range(LEVELS)]:
-        raise ValueError(f"{name} has levels at strides {strides}, but a pyramid needs four, each twice the one before")
+        raise UserError(f"{name} has levels at strides {strides}, but a pyramid needs four, each twice the one before")
     return chosen
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unimim.errors import UnwritableError
+
 NUMBERS = count()
 """Tell the parts of one process from each other."""
 DAY = 86_400
@@ -66,7 +68,7 @@ def naming(what: object, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{what} cannot be written ({error.strerror or error}): {fix}") from error
+        raise UnwritableError(f"{what} cannot be written ({error.strerror or error}): {fix}") from error
 
 
 def save_tensors(content: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

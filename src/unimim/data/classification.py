@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading
 from unimim.data.listing import Listing, class_folders, image_files, labelled_files
 from unimim.data.photos import tell_depth
+from unimim.errors import MissingFileError, UserError
 from unimim.printing import printable
 from unimim.randomness import ResumableSampler, SeededSamples
 
@@ -28,7 +29,7 @@ def timm_transform(image_size: int, **options: Any) -> Any:
     try:
         transform = create_transform(image_size, interpolation="bicubic", normalize=False, **options)
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"data.auto_augment is {options.get('auto_augment')!r}, which timm does not know: {error}") from error
+        raise UserError(f"data.auto_augment is {options.get('auto_augment')!r}, which timm does not know: {error}") from error
     for part in transform.transforms:
         for operation in chain(getattr(part, "ops", []), *getattr(part, "policy", [])):
             if operation.aug_fn is auto_augment.posterize:
@@ -89,12 +90,12 @@ class ClassFolderData(pl.LightningDataModule):
         check_reading(timeout, bit_depth)
         low, high = crop_scale
         if min(image_size, batch_size) < 1 or num_workers < 0 or (labels_per_class is not None and labels_per_class < 1):
-            raise ValueError(
+            raise UserError(
                 f"data: impossible image_size {image_size}, batch_size {batch_size}, num_workers {num_workers} or "
                 f"labels_per_class {labels_per_class}"
             )
         if not 0 < low <= high <= 1 or not 0 <= flip <= 1 or not 0 < crop_pct <= 1:
-            raise ValueError(
+            raise UserError(
                 f"data: crop_scale is (low, high) within 0 to 1, flip a probability, crop_pct within 0 to 1; got "
                 f"{crop_scale}, {flip}, {crop_pct}"
             )
@@ -106,7 +107,7 @@ class ClassFolderData(pl.LightningDataModule):
         self.timeout = timeout
         self.bit_depth = bit_depth
         if color_jitter < 0:
-            raise ValueError(f"data.color_jitter is {color_jitter}, but it is not negative")
+            raise UserError(f"data.color_jitter is {color_jitter}, but it is not negative")
         self.augmentation = timm_transform(
             image_size, is_training=True, scale=crop_scale, hflip=flip, color_jitter=color_jitter, auto_augment=auto_augment
         )
@@ -124,19 +125,19 @@ class ClassFolderData(pl.LightningDataModule):
             folder = self.root / split
             root, named = printable(self.root), printable(folder)
             if not folder.is_dir():
-                raise FileNotFoundError(f"data.root: fine-tuning needs {root}/train and {root}/val, there is no {split}")
+                raise MissingFileError(f"data.root: fine-tuning needs {root}/train and {root}/val, there is no {split}")
             found[split] = class_folders(folder)
             if not found[split]:
                 listing = Listing(folder)
                 listing.check_found(listing.below(folder), folder)
                 inside = f"{listing.images} images, but no folder a class"
-                raise FileNotFoundError(f"data.root: {named} has {inside}: sort them into {named}/CLASS/")
+                raise MissingFileError(f"data.root: {named} has {inside}: sort them into {named}/CLASS/")
         if found["train"] != found["val"]:
             only = {
                 split: sorted(set(found[split]) - set(found[other])) for split, other in (("train", "val"), ("val", "train"))
             }
             said = "; ".join(f"only in {split}: {printable(', '.join(names[:3]))}" for split, names in only.items() if names)
-            raise ValueError(
+            raise UserError(
                 f"data.root: {root} has {len(found['train'])} classes in train, {len(found['val'])} in val ({said})"
             )
         return found["train"]
@@ -155,7 +156,7 @@ class ClassFolderData(pl.LightningDataModule):
         tell_depth([path for images in self.splits.values() for path in images.files], self.bit_depth)
         if stage == "fit" and len(self.splits["train"]) < self.batch_size:
             found = len(self.splits["train"])
-            raise ValueError(
+            raise UserError(
                 f"{printable(self.root)}/train has {found} images, which is less than one batch of {self.batch_size}: set "
                 f"data.batch_size to {found} or less"
             )

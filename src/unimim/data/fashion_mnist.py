@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
 from unimim.data.folder import each_once
+from unimim.errors import MissingFileError, UserError
 from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
@@ -63,9 +64,9 @@ class FashionMNISTData(pl.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         if train_images + val_images > 60_000:
-            raise ValueError(f"data.train_images {train_images} + data.val_images {val_images} exceed the 60,000 there are")
+            raise UserError(f"data.train_images {train_images} + data.val_images {val_images} exceed the 60,000 there are")
         if train_images < batch_size:
-            raise ValueError(f"data.train_images {train_images} is less than one batch: set data.batch_size to that or less")
+            raise UserError(f"data.train_images {train_images} is less than one batch: set data.batch_size to that or less")
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.batch_size = batch_size
@@ -169,7 +170,7 @@ def provide(root: Path) -> str:
     try:
         FashionMNIST(str(root), download=True)
     except Exception as error:  # torchvision raises whatever its mirrors raised
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Fashion-MNIST is not in {raw}, Debian's dataset-fashion-mnist is not unpacked in {root / 'debian'} (make "
             f"install does that) nor installed, and the download failed ({type(error).__name__}): give data.root"
         ) from error

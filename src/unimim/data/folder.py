@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from unimim.data.crops import Crop, CropAugmentation
 from unimim.data.listing import Listing, class_folders, image_files, labelled_files
 from unimim.data.photos import opened, read_image, tell_depth
+from unimim.errors import MissingFileError, UserError
 from unimim.interfaces import Grid
 from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
@@ -71,9 +72,9 @@ class ImageFolderData(pl.LightningDataModule):
         check_reading(timeout, bit_depth)
         low, high = crop_scale
         if min(batch_size, *((image_size,) if isinstance(image_size, int) else image_size)) < 1 or num_workers < 0:
-            raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
+            raise UserError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
         if not 0 < low <= high <= 1 or not 0 <= flip <= 1 or color_jitter < 0:
-            raise ValueError(
+            raise UserError(
                 f"data: crop_scale is (low, high) within 0 to 1, flip a probability, color_jitter not negative; got "
                 f"{crop_scale}, {flip}, {color_jitter}"
             )
@@ -101,7 +102,7 @@ class ImageFolderData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         files = image_files(self.root / "train" if self.is_imagenet_layout else self.root)
         if len(files) < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"{printable(self.root)} has {len(files)} images, which is less than one batch of {self.batch_size}: "
                 f"set data.batch_size to {len(files)} or less"
             )
@@ -155,12 +156,12 @@ class ImageFolderData(pl.LightningDataModule):
         """
         if not self.is_imagenet_layout:
             root = printable(self.root)
-            raise FileNotFoundError(f"labels need {root}/train and {root}/val with class folders in each")
+            raise MissingFileError(f"labels need {root}/train and {root}/val with class folders in each")
         classes = {name: class_folders(self.root / name) for name in ("train", "val")}
         if classes["train"] != classes["val"]:
             differ = sorted(set(classes["train"]) ^ set(classes["val"]))
             named = printable(", ".join(differ[:5]))
-            raise ValueError(f"{printable(self.root)}: train and val have other class folders: {named}")
+            raise UserError(f"{printable(self.root)}: train and val have other class folders: {named}")
         files, labels = labelled_files(self.root / split, classes[split], say=split != "train")  # which `setup` does
         images = ImageFiles(files, self.evaluation, self.on_bad_image, labels, self.bit_depth)
         return DataLoader(images, self.batch_size, **reading(self), generator=torch.Generator())
@@ -199,7 +200,7 @@ class Files(Dataset[Any]):
                 if not self.unreadable[position]:
                     self.unreadable[position] = True
                     warnings.warn(f"skipped: {error} ({int(self.unreadable.sum())} skipped so far)", stacklevel=2)
-        raise ValueError(f"none of the {len(self.files)} image files can be read, the first is {printable(self.files[0])}")
+        raise UserError(f"none of the {len(self.files)} image files can be read, the first is {printable(self.files[0])}")
 
 
 class ImageFiles(Files):
@@ -268,9 +269,9 @@ def check_reading(timeout: float, bit_depth: int) -> None:
         ValueError: a number is out of its range.
     """
     if not timeout >= 0:
-        raise ValueError(f"data.timeout is in seconds, at least 0, which waits for ever; got {timeout}")
+        raise UserError(f"data.timeout is in seconds, at least 0, which waits for ever; got {timeout}")
     if not 8 <= bit_depth <= 16:
-        raise ValueError(f"data.bit_depth is 8 to 16 bits of a 16-bit image, got {bit_depth}")
+        raise UserError(f"data.bit_depth is 8 to 16 bits of a 16-bit image, got {bit_depth}")
 
 
 def reading(data: Any) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def each_once(images: Any) -> UnrepeatedDistributedSampler | None:
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     if len(images) < (processes := distributed.get_world_size()):
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images cannot be shared by {processes} processes: set trainer.devices to {len(images)} or less"
         )
     return UnrepeatedDistributedSampler(images, shuffle=False)

@@ -8,6 +8,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 from unimim.data.photos import PHOTOS
+from unimim.errors import MissingFileError, UnwritableError
 from unimim.printing import printable
 
 NO_PHOTOS = ".nomedia"
@@ -131,7 +132,7 @@ class Listing:
         if files:
             return
         over = self.what_was_passed_over()
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data.root: no image in or below {printable(folder)} (looked for {' '.join(sorted(self.image_endings))}"
             f"{'; passed over: ' if over else ''}{over})"
         )
@@ -144,7 +145,7 @@ def image_files(root: Path) -> list[Path]:
         FileNotFoundError: there is no such folder, or no image in it.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root: there is no folder {printable(root)}")
+        raise MissingFileError(f"data.root: there is no folder {printable(root)}")
     listing = Listing(root)
     files = listing.below(root)
     listing.check_found(files, root)
@@ -166,7 +167,7 @@ def classes_of(listing: Listing) -> list[str]:
     try:
         files, folders, links = listing.entries(listing.root)
     except OSError as error:
-        raise OSError(f"data.root: {printable(listing.root)} cannot be read ({error.strerror})") from error
+        raise UnwritableError(f"data.root: {printable(listing.root)} cannot be read ({error.strerror})") from error
     above = [path for path in links if identity(path) in folders_above(path)]
     for reason, paths in ((BESIDE, files), (LISTED, above)):
         for path in paths:

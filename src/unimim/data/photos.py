@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from pytorch_lightning.utilities import rank_zero_info
 
+from unimim.errors import UserError
 from unimim.printing import printable
 
 PHOTOS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -51,10 +52,10 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with opened_photo(path) as image:
             deep_png = image.mode == "I" and image.format == "PNG"  # 16 bits, by an older PIL
             if image.mode in ("I", "F") and not deep_png:
-                raise ValueError(f"32-bit gray, mode {image.mode}: convert it to 8 or 16 bits")
+                raise UserError(f"32-bit gray, mode {image.mode}: convert it to 8 or 16 bits")
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UserError(
             f"unreadable image {printable(path)} ({printable(error)}); data.on_bad_image=skip goes on without it"
         ) from error
 

@@ -15,6 +15,7 @@ from torchvision.datasets import FashionMNIST
 
 from unimim.data.fashion_mnist import provide
 from unimim.data.folder import each_once
+from unimim.errors import UserError
 from unimim.printing import printable
 from unimim.randomness import Place, ResumableSampler, epoch_and_index
 
@@ -76,17 +77,17 @@ class ScenesData(pl.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         if not 1 <= objects[0] <= objects[1] or not 0 < scale[0] <= scale[1] or num_workers < 0 or val_scenes < 1:
-            raise ValueError(
+            raise UserError(
                 f"data: objects is (fewest, most) from 1, scale (low, high) above 0, val_scenes at least 1, num_workers not "
                 f"below 0; got {objects}, {scale}, {val_scenes}, {num_workers}"
             )
         if GARMENT * scale[1] > image_size:
-            raise ValueError(
+            raise UserError(
                 f"data.image_size is {image_size}, but garments are up to {GARMENT * scale[1]:g} pixels: set data.scale to "
                 f"{image_size / GARMENT:.2f} or less, or data.image_size to more"
             )
         if not 1 <= batch_size <= train_scenes:
-            raise ValueError(f"data.train_scenes {train_scenes} is less than one batch of data.batch_size {batch_size}")
+            raise UserError(f"data.train_scenes {train_scenes} is less than one batch of data.batch_size {batch_size}")
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.objects = objects

@@ -18,6 +18,7 @@ from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once,
 from unimim.data.listing import image_files
 from unimim.data.photos import opened_photo, read_image, tell_depth
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
+from unimim.errors import MissingFileError, UserError
 from unimim.interfaces import IGNORED
 from unimim.printing import printable
 from unimim.randomness import ResumableSampler, SeededSamples
@@ -98,9 +99,9 @@ class SegmentationFolderData(pl.LightningDataModule):
         self.save_hyperparameters(logger=False)
         check_reading(timeout, bit_depth)
         if min(image_size, batch_size) < 1 or num_workers < 0:
-            raise ValueError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
+            raise UserError(f"data: impossible image_size {image_size}, batch_size {batch_size} or num_workers {num_workers}")
         if not 1 <= resize[1] <= resize[0] or not 0 < scale[0] <= scale[1] or not 0 <= flip <= 1:
-            raise ValueError(
+            raise UserError(
                 f"data: resize is (long, short) in pixels, scale (low, high) above 0, flip a probability; got {resize}, "
                 f"{scale}, {flip}"
             )
@@ -140,9 +141,9 @@ class SegmentationFolderData(pl.LightningDataModule):
             list(given) if isinstance(given, list) else read_names(Path(given or self.root / self.classes_file).expanduser())
         )
         if not 2 <= len(names) <= IGNORED:
-            raise ValueError(f"data.classes: {len(names)} names, expected 2 to {IGNORED}")
+            raise UserError(f"data.classes: {len(names)} names, expected 2 to {IGNORED}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data.classes: the same name twice: {printable(', '.join(twice[:3]))}")
+            raise UserError(f"data.classes: the same name twice: {printable(', '.join(twice[:3]))}")
         return names
 
     def setup(self, stage: str | None = None) -> None:
@@ -159,7 +160,7 @@ class SegmentationFolderData(pl.LightningDataModule):
         if stage == "validate":
             return
         if (found := len(self.splits["train"])) < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"{printable(self.root / self.folders['train'][0])} has {found} images, which is less than one batch of "
                 f"{self.batch_size}: set data.batch_size to {found} or less"
             )
@@ -285,7 +286,7 @@ class LabelledImageFiles(ImageFiles):
     ) -> None:
         super().__init__([image for image, _ in pairs], transform, on_bad_image, bit_depth=bit_depth)
         if len(values) != len(classes) or len(set(values)) < len(values) or not all(0 <= value < VALUES for value in values):
-            raise ValueError(
+            raise UserError(
                 f"data.label_values are {len(classes)} different values from 0 to {VALUES - 1}, one a class; got {list(values)}"
             )
         self.label_files = [label for _, label in pairs]
@@ -306,7 +307,7 @@ class LabelledImageFiles(ImageFiles):
         path = self.label_files[position]
         if image.size != png.size:
             (width, height), (label_width, label_height) = image.size, png.size
-            raise ValueError(
+            raise UserError(
                 f"{printable(self.files[position])} has {height}x{width} pixels (HxW), its label {printable(path)} has "
                 f"{label_height}x{label_width}: they have to be of one size"
             )
@@ -324,11 +325,11 @@ class LabelledImageFiles(ImageFiles):
             ValueError: it is no PNG, holds colours, or a value that is no class.
         """
         if png.format != "PNG":
-            raise ValueError(
+            raise UserError(
                 f"{printable(path)} holds a {png.format}, not a PNG: a label has to be a PNG, which keeps its values"
             )
         if png.mode not in ("1", "L", "P", "I;16", "I"):  # 16 bits are I by an older PIL
-            raise ValueError(
+            raise UserError(
                 f"{printable(path)} has colours or transparency (mode {png.mode}): a label is a grey or palette PNG of 1 to 16 "
                 f"bits, whose values are the classes"
             )
@@ -340,7 +341,7 @@ class LabelledImageFiles(ImageFiles):
             given = isinstance(self.values, list)
             are = ", ".join(map(str, self.values)) if given else f"{self.values[0]} to {self.values[-1]}"
             ignored = "" if self.ignored_value in self.values else f", and {self.ignored_value} is ignored"
-            raise ValueError(
+            raise UserError(
                 f"{printable(path)} has the value {found[0]}{more}, but the {len(self.classes)} classes are {are}{ignored}: "
                 f"correct the file, data.classes or data.label_values"
             )
@@ -376,7 +377,7 @@ class LabelledImageFiles(ImageFiles):
             only, ignored, values = min(occurred), self.ignored_value, list(self.values)
             given = [values[0], ignored] if only == 0 else [ignored, values[-1]]
             which = f": {given} if {ignored} is one, {values} if it is to be ignored" if len(values) == 2 else ""
-            raise ValueError(
+            raise UserError(
                 f"{printable(self.label_files[0].parent)}: the labels ({count} looked at) hold {values[only]}, which is class "
                 f"{printable(self.classes[only])}, and else only {ignored}, which is ignored, so there is nothing to learn: "
                 f"give --data.label_values, the value of each class{which}"
@@ -408,7 +409,7 @@ def image_label_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
         if paths
     ]
     if said:
-        raise ValueError(f"data.root: {'; '.join(said)}")
+        raise UserError(f"data.root: {'; '.join(said)}")
     return [(path, of_labels[name]) for name, path in of_images.items()]
 
 
@@ -422,7 +423,7 @@ def by_name(files: list[Path], root: Path) -> dict[Path, Path]:
     for path in files:
         name = path.relative_to(root).with_suffix("")
         if name in named:
-            raise ValueError(
+            raise UserError(
                 f"data.root: {printable(named[name])} and {printable(path)} have one name: an image and its label share theirs"
             )
         named[name] = path
@@ -442,7 +443,7 @@ def read_label(path: Path) -> Image.Image:
             png.info[SCALE] = SCALED_BY_PILLOW.get(stored, 1)
             return png
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UserError(
             f"unreadable label {printable(path)} ({printable(error)}); data.on_bad_image=skip goes on without it"
         ) from error
 
@@ -455,7 +456,7 @@ def read_names(path: Path) -> list[str]:
         ValueError: a table without such a column, or a row without a name.
     """
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data.classes: there is no file {printable(path)}; give a list of names, or a text file with one a line"
         )
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -464,5 +465,5 @@ def read_names(path: Path) -> list[str]:
     header = [column.strip() for column in lines[0].split("\t")]
     rows = [line.split("\t") for line in lines[1:]]
     if "Name" not in header or any(len(row) != len(header) for row in rows):
-        raise ValueError(f"data.classes: {printable(path)} is no table with a column Name, nor a list with one name a line")
+        raise UserError(f"data.classes: {printable(path)} is no table with a column Name, nor a list with one name a line")
     return [row[header.index("Name")].split(",")[0].split(";")[0].strip() for row in rows]

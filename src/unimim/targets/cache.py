@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.backbones import check_object
+from unimim.errors import UserError
 from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
 from unimim.interfaces import Grid, TargetGenerator, check_positive
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
@@ -64,7 +65,7 @@ class CachedTarget(TargetGenerator):
         check_positive("model.teacher", views=views)
         check_object("model.teacher.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
         if teacher.follows_student:
-            raise ValueError(f"model.teacher.teacher: {type(teacher).__name__} follows the student, a cache needs what stays")
+            raise UserError(f"model.teacher.teacher: {type(teacher).__name__} follows the student, a cache needs what stays")
         self.teacher = teacher
         self.dim = teacher.dim
         self.folder = Path(folder).expanduser()
@@ -84,7 +85,7 @@ class CachedTarget(TargetGenerator):
             return self.teacher(images, grid_size)
         images_of_step, target = self.of_step
         if images is not images_of_step:
-            raise ValueError("a cache has targets of the step's own images only: change images in the data, or use no cache")
+            raise UserError("a cache has targets of the step's own images only: change images in the data, or use no cache")
         return target
 
     def picture(self, values: Tensor, target: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class FixedViews(pl.Callback):
         in_all = in_words(files.images * views * files.view_bytes)
         size = f"{files.images:,} images x {views} views x {in_words(files.view_bytes)} = {in_all}"
         if needed > free:
-            raise ValueError(
+            raise UserError(
                 f"the cache {folder} needs {in_words(needed)} more ({size}), but its disk has {in_words(free)} free: give "
                 f"fewer views (--views), or another folder (--cache)"
             )
@@ -251,7 +252,7 @@ class FixedViews(pl.Callback):
         else:
             difference, most = float((said != known).float().mean()), SAME_TOKENS
         if not difference <= most:
-            raise ValueError(
+            raise UserError(
                 f"{self.target.folder} was made with another teacher: what {type(self.target.teacher).__name__} says of the "
                 f"same images differs by {difference:.2f} (of 1) from what is stored; give another folder (--cache)"
             )
@@ -262,7 +263,7 @@ class FixedViews(pl.Callback):
             ValueError: mean colours of images differ by more than two decoders' would.
         """
         if not farthest <= SAME_PIXELS:
-            raise ValueError(
+            raise UserError(
                 f"{self.target.folder} was made with other images than this run sees (colours differ by {float(farthest):.3f} "
                 f"of 1): give the data and augmentation that it was made with, or another folder (--cache)"
             )
@@ -336,7 +337,7 @@ def fitted(path: Path) -> dict[str, Tensor]:
     try:
         return read_safetensors(path)
     except ValueError as error:
-        raise ValueError(f"the cache is damaged: {error}; or delete its folder, which the next run writes again") from error
+        raise UserError(f"the cache is damaged: {error}; or delete its folder, which the next run writes again") from error
 
 
 def sampler_of(trainer: pl.Trainer) -> ResumableSampler:
@@ -347,7 +348,7 @@ def sampler_of(trainer: pl.Trainer) -> ResumableSampler:
     """
     loader: Any = trainer.train_dataloader
     if not is_resumable(trainer):
-        raise ValueError(
+        raise UserError(
             f"a cache finds the targets of an image by its place in a ResumableSampler, but the data is read through a "
             f"{type(getattr(loader, 'sampler', loader)).__name__}: DataLoader(SeededSamples(dataset), batch_size, "
             f"sampler=ResumableSampler(dataset), drop_last=True)"
@@ -402,13 +403,13 @@ def check_same(folder: Path, made_with: dict[str, Any]) -> None:
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is damaged or missing ({error}): let all nodes share the folder of the cache, or give another (--cache)"
         ) from error
     ours = json.loads(json.dumps(made_with))
     for key in (*ours, *found):
         if found.get(key) != ours.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made with {key} {found.get(key)}, this run has {ours.get(key)}: give another folder (--cache), "
                 f"or the teacher, grid, data and view seed that it was made with"
             )

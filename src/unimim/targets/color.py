@@ -4,6 +4,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from unimim.errors import UserError
 from unimim.interfaces import Grid, TargetGenerator
 
 
@@ -20,7 +21,7 @@ class MeanColorTarget(TargetGenerator):
     def __init__(self, bits: int = 3) -> None:
         super().__init__()
         if not 1 <= bits <= 8:
-            raise ValueError(f"model.teacher.bits is {bits}, but a channel has 1 to 8")
+            raise UserError(f"model.teacher.bits is {bits}, but a channel has 1 to 8")
         self.steps = 2**bits
         self.dim = self.steps**3
 
@@ -28,7 +29,7 @@ class MeanColorTarget(TargetGenerator):
         """[b 3 H W] in [0, 1] -> long [b h w]"""
         (height, width), (h, w) = images.shape[-2:], grid_size
         if height % h or width % w:
-            raise ValueError(f"images of {height}x{width} pixels are no whole patches of a {h}x{w} grid: set data.image_size")
+            raise UserError(f"images of {height}x{width} pixels are no whole patches of a {h}x{w} grid: set data.image_size")
         colors = reduce(images.float(), "b c (h p) (w q) -> b h w c", "mean", h=h, w=w)
         red, green, blue = (colors * self.steps).floor().clamp(0, self.steps - 1).to(torch.long).unbind(-1)
         return (red * self.steps + green) * self.steps + blue

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import own_seed
+from unimim.errors import UserError
 from unimim.files import load_strictly, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
@@ -34,13 +35,13 @@ class DVAETarget(TargetGenerator):
     def __init__(self, weights: str | None = None, width: int = 256, codes: int = 8192) -> None:
         super().__init__()
         if weights is None:
-            raise ValueError(
+            raise UserError(
                 "DVAETarget needs a file with the state dict of DALL-E's encoder: --model.teacher.weights PATH, or 'random' to "
                 "try the recipe (--random_weights); CodebookTarget fits a tokenizer of your own"
             )
         check_positive("DVAETarget", width=width, codes=codes)
         if width % 4:
-            raise ValueError(f"DVAETarget: width is {width}, but it is a multiple of 4")
+            raise UserError(f"DVAETarget: width is {width}, but it is a multiple of 4")
         with own_seed():
             encoder = dvae_encoder(width, codes)
         if weights != "random":

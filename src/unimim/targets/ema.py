@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimim.errors import UserError
 from unimim.interfaces import Grid, Head, Student, TargetGenerator, check_positive
 from unimim.pictures import code_colors
 
@@ -30,7 +31,7 @@ class FollowingTarget(TargetGenerator):
         self.momentum = momentum
         self.final_momentum = momentum if final_momentum is None else final_momentum
         if not 0 <= momentum <= 1 or not 0 <= self.final_momentum <= 1:
-            raise ValueError(
+            raise UserError(
                 f"model.teacher.momentum is {momentum}, final_momentum {final_momentum}, but both lie within 0 to 1"
             )
 
@@ -41,7 +42,7 @@ class FollowingTarget(TargetGenerator):
     def prepare(self, batches: Iterable[Tensor], grid_size: Grid) -> None:
         """Looks that the weights can follow."""
         if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()):
-            raise ValueError("an EMA of weights in 16 bits cannot move: set trainer.precision to bf16-mixed (or 32-true)")
+            raise UserError("an EMA of weights in 16 bits cannot move: set trainer.precision to bf16-mixed (or 32-true)")
 
     def update(self, student: Student, head: Head, progress: float) -> None:
         """One step of the EMA."""
@@ -76,7 +77,7 @@ class EMATarget(FollowingTarget):
         blocks = student.backbone.feature_info
         alike = [b for b in blocks if (b["num_chs"], b["reduction"]) == (blocks[-1]["num_chs"], blocks[-1]["reduction"])]
         if not 1 <= self.top_blocks <= len(alike):
-            raise ValueError(
+            raise UserError(
                 f"model.teacher.top_blocks is {self.top_blocks}, but {student.name} has only {len(alike)} last blocks of one "
                 f"width and grid"
             )

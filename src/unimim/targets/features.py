@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_name, check_object, create_backbone, own_seed
+from unimim.errors import UserError
 from unimim.files import chosen_in, description, load_strictly, read_file, state_dict_in
 from unimim.fitting import fit
 from unimim.initialization import Init, check_init, initialize_backbone
@@ -78,7 +79,7 @@ class FeatureTarget(TargetGenerator):
             clip_of_unknown_gelu = "_clip_" in self.name and "_quickgelu_" not in self.name and "." not in self.name
             if clip_of_unknown_gelu and weights not in (None, "random"):
                 quick = self.name.replace("_clip_", "_clip_quickgelu_")
-                raise ValueError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
+                raise UserError(f"{self.name!r} computes GELU: for OpenAI's weights use {quick!r}, else name timm's tag")
             check_name(self.name)
         content = read_file(weights) if weights not in (None, "random") else None
         pretrained = description(content)  # of a checkpoint of our own pretraining
@@ -92,22 +93,22 @@ class FeatureTarget(TargetGenerator):
                     initialize_backbone(module, init)
             blocks = len(module.feature_info)
             if not -blocks <= layer < blocks:
-                raise ValueError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
+                raise UserError(f"model.teacher.layer is {layer}, but {self.name} has blocks 0 to {blocks - 1}")
             layer %= blocks
             channels = self._projected(module, layer, norm) if project else module.feature_info[layer]["num_chs"]
             if dim not in (None, channels):
-                raise ValueError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
+                raise UserError(f"model.teacher.dim is {dim}, but block {layer} of {self.name} has {channels}")
             dim = channels
             if content is not None:
                 self._fill(module, content, str(weights), model_args or {}, checkpoint_key)
             mean, std = mean or module.pretrained_cfg["mean"], std or module.pretrained_cfg["std"]
         elif (layer, norm, project, model_args, init) != (-1, True, False, None, "timm") or weights == "random":
-            raise ValueError(
+            raise UserError(
                 f"model.teacher: layer, norm, project, model_args, init and weights='random' are for timm's networks; "
                 f"{self.name} is your own"
             )
         if dim is None or mean is None or std is None:
-            raise ValueError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
+            raise UserError(f"model.teacher: a network of your own ({self.name}) needs dim, mean and std beside it")
         check_statistics("model.teacher", mean, std)
         if resolution is not None:
             check_positive("model.teacher", resolution=resolution)
@@ -131,7 +132,7 @@ class FeatureTarget(TargetGenerator):
     def _projected(self, network: Any, layer: int, norm: bool) -> int:
         head = getattr(network, "head", None)
         if not isinstance(head, nn.Linear) or not norm or layer != len(network.feature_info) - 1:
-            raise ValueError(
+            raise UserError(
                 f"model.teacher.project needs a linear head behind the last block and its norm; {self.name} with "
                 f"layer {layer} and norm {norm} has none (a timm model made with num_classes=0 lost it)"
             )
@@ -155,10 +156,10 @@ class FeatureTarget(TargetGenerator):
         """
         network: Any = self.frozen.network
         if not isinstance(network, VisionTransformer) or network.cls_token is None:
-            raise ValueError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
+            raise UserError(f"model.teacher: {self.name} has no CLS token to attend: use a ViT of timm that has one")
         block: Any = network.blocks[self.layer]
         if not isinstance(block, Block):
-            raise ValueError(f"model.teacher: the blocks of {self.name} are no plain ones, whose attention is read here")
+            raise UserError(f"model.teacher: the blocks of {self.name} are no plain ones, whose attention is read here")
         features, before = self.look(images, grid_size, with_input=True)
         self._looked = (images, images._version, grid_size, features)
         attn: Any = block.attn
@@ -178,11 +179,11 @@ class FeatureTarget(TargetGenerator):
         images = self.resize(images, size)
         features, before = self.features((images - self.mean) / self.std, with_input)
         if not isinstance(features, Tensor) or features.ndim != 4:
-            raise ValueError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
+            raise UserError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
         features = features.float()
         (h, w), (fine_h, fine_w) = grid_size, features.shape[-2:]
         if features.shape[1] != self.dim or fine_h % h or fine_w % w:
-            raise ValueError(
+            raise UserError(
                 f"the grids of teacher and student do not meet: {self.name} gives {tuple(features.shape[1:])} (c h w) "
                 f"at {size[0]}x{size[1]} pixels, the student's grid is {h}x{w} and c is {self.dim}; set "
                 f"model.teacher.resolution (now {self.resolution}) or model.teacher.dim"
@@ -208,7 +209,7 @@ class FeatureTarget(TargetGenerator):
         fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
         if fixed not in (None, tuple(images.shape[-2:])):
             if not hasattr(network, "set_input_size") or self.resized:
-                raise ValueError(
+                raise UserError(
                     f"{self.name} takes {fixed[0]}x{fixed[1]} pixels here, not {images.shape[-2]}x{images.shape[-1]}: "
                     f"set model.teacher.resolution, or make a second FeatureTarget for a second grid"
                 )
@@ -231,7 +232,7 @@ class FeatureTarget(TargetGenerator):
                 raise
             made_for = network.pretrained_cfg["input_size"][-1]
             reason = next(iter(str(error).splitlines()), "") or "no reason given"
-            raise ValueError(
+            raise UserError(
                 f"model.teacher: timm's {self.name} does not give block {self.layer} with norm {self.norm} at "
                 f"{images.shape[-2]}x{images.shape[-1]} pixels ({reason}): set model.teacher.resolution (it is made "
                 f"for {made_for}), or model.teacher.norm to false"

@@ -7,6 +7,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimim.errors import UserError
 from unimim.interfaces import Grid, TargetGenerator, check_positive
 from unimim.pictures import hog_glyphs
 
@@ -38,7 +39,7 @@ class HOGTarget(TargetGenerator):
         super().__init__()
         check_positive("HOGTarget", patch_size=patch_size, cell_size=cell_size, bins=bins)
         if patch_size % cell_size:
-            raise ValueError(f"HOGTarget: patch_size {patch_size} is no multiple of cell_size {cell_size}")
+            raise UserError(f"HOGTarget: patch_size {patch_size} is no multiple of cell_size {cell_size}")
         self.patch_size = patch_size
         self.cell_size = cell_size
         self.bins = bins

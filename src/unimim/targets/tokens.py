@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.backbones import check_object, create_backbone, own_seed
+from unimim.errors import UserError
 from unimim.files import load_strictly, read_file, read_state_dict
 from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
 
@@ -51,7 +52,7 @@ class CodebookTarget(TargetGenerator):
         check_positive("model.teacher", codes=codes, fit_images=fit_images, iterations=iterations)
         check_object("model.teacher.features", features, TargetGenerator, "unimim.HOGTarget()")
         if features.follows_student:
-            raise ValueError(
+            raise UserError(
                 f"model.teacher.features: {type(features).__name__} follows the student, a codebook needs what stays"
             )
         self.features = features
@@ -66,9 +67,9 @@ class CodebookTarget(TargetGenerator):
             shape = tuple(self.codebook.shape)
             if not isinstance(content, Tensor) or content.shape != shape:
                 found = tuple(content.shape) if isinstance(content, Tensor) else type(content).__name__
-                raise ValueError(f"{codebook} holds {found}, but a codebook here is a tensor {shape}")
+                raise UserError(f"{codebook} holds {found}, but a codebook here is a tensor {shape}")
             if not content.is_floating_point() or not content.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"{codebook} holds a tensor of {content.dtype} that is no codebook: all numbers finite, of floating point"
                 )
             self.codebook.data.copy_(content)
@@ -90,7 +91,7 @@ class CodebookTarget(TargetGenerator):
         some = vectors[torch.randperm(len(vectors))[: max(4 * self.dim, ROWS_AT_ONCE)].to(vectors.device)]
         distinct = torch.unique(some, dim=0)
         if len(distinct) < self.dim:
-            raise ValueError(
+            raise UserError(
                 f"k-means cannot fit {self.dim} codes to {len(distinct)} distinct patches of "
                 f"{self.fit_images - images_left} images: lower model.teacher.codes"
                 + (", or raise model.teacher.fit_images" if images_left <= 0 else ", or take more images than the data has")
@@ -112,9 +113,9 @@ class CodebookTarget(TargetGenerator):
         try:
             features = self.features(images, grid_size)
         except ValueError as error:  # the fields it names are one level deeper here
-            raise ValueError(str(error).replace("model.teacher.", "model.teacher.features.")) from error
+            raise UserError(str(error).replace("model.teacher.", "model.teacher.features.")) from error
         if features.dtype == torch.long:
-            raise ValueError(f"model.teacher.features: {type(self.features).__name__} is discrete already")
+            raise UserError(f"model.teacher.features: {type(self.features).__name__} is discrete already")
         return F.normalize(features, dim=-1) if self.normalize else features
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -122,7 +123,7 @@ class CodebookTarget(TargetGenerator):
         if not self.is_fitted:
             self.is_fitted = bool(self.fitted)  # a checkpoint may have brought it
             if not self.is_fitted and images.any():  # blank images try how parts fit, before there is data
-                raise ValueError("CodebookTarget has no codebook yet: call prepare with images, or give model.teacher.codebook")
+                raise UserError("CodebookTarget has no codebook yet: call prepare with images, or give model.teacher.codebook")
         return nearest_code(self.vectors(images, grid_size), self.codebook)
 
 
@@ -146,7 +147,7 @@ class VQKDTarget(TargetGenerator):
     ) -> None:
         super().__init__()
         if weights is None:
-            raise ValueError(
+            raise UserError(
                 "VQKDTarget needs the published file of BEiT v2's tokenizer: --model.teacher.weights PATH, or 'random' to try "
                 "the recipe (--random_weights); CodebookTarget fits a tokenizer of your own"
             )
@@ -169,7 +170,7 @@ class VQKDTarget(TargetGenerator):
         tokenizer = self.frozen.network
         if grid_size != tokenizer.grid_size:
             (h, w), (own_h, own_w) = grid_size, tokenizer.grid_size
-            raise ValueError(
+            raise UserError(
                 f"VQKDTarget gives {own_h}x{own_w} tokens, but the student's grid is {h}x{w}: set data.image_size and img_size "
                 f"in model.student.model_args to {own_h} times the student's patch"
             )
