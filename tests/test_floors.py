@@ -12,6 +12,7 @@ import unimim
 SOURCE = ROOT / "src" / "unimim"
 FLOORS = {
     "errors": 0,
+    "lightning": 0,
     "backbones": 1,
     "files": 1,
     "layouts": 1,

@@ -1,6 +1,5 @@
 """The tasks behind the command line: Lightning's CLI, which answers a user's mistake with one line."""
 
-import atexit
 import difflib
 import errno
 import inspect
@@ -31,8 +30,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from pytorch_lightning.trainer.connectors.signal_connector import _get_sigkill_signal
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import unimim
@@ -46,6 +43,7 @@ from unimim.files import check_description, check_plain, description, is_in_shar
 from unimim.finetuning import FineTuning
 from unimim.interfaces import RGB, Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, check_slurm, default_precision
+from unimim.lightning import RunsSubcommand, cluster_environment, kill_at_exit, parser_of
 from unimim.monitoring import CheckMonitors, why_unsaved
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 from unimim.printing import printable
@@ -333,7 +331,7 @@ class SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
 
 
-class TaskCLI(LightningCLI):
+class TaskCLI(RunsSubcommand, LightningCLI):
     """What the tasks share. `names` are the subcommands."""
 
     names: tuple[str, ...] = ("fit",)
@@ -370,7 +368,7 @@ class TaskCLI(LightningCLI):
             super().instantiate_classes()
             return
         self.resumes, config.resume = config.resume is not None, None  # the configuration that is saved has the path itself
-        whole = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        whole = yaml.safe_load(parser_of(self, self.subcommand).dump(config, skip_none=False))
         recipe = {part: whole.get(part) for part in ("seed_everything", "model", "data")}
         if self.resumes:
             self.resume(recipe)
@@ -401,8 +399,7 @@ class TaskCLI(LightningCLI):
         found = newest_first(path for place, names in local_places(config.trainer).items() for path in place.glob(names))
         auto = not in_a_file and bool(found) and found[0].resolve() == Path(checkpoint).resolve()
         more = ["--resume", "auto"] if auto else ["--ckpt_path", checkpoint]
-        launcher: Any = self.trainer._accelerator_connector.cluster_environment
-        by = "(by the same launcher) " if launcher.creates_processes_externally else ""
+        by = "(by the same launcher) " if cluster_environment(self.trainer).creates_processes_externally else ""
         return by + shlex.join([*self.parser.prog.split(), *words, *more])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -444,7 +441,7 @@ class TaskCLI(LightningCLI):
         has_bar = given.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
         return callbacks if has_bar else [*callbacks, TrainingBar()]
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, run: Callable[[], None]) -> None:
         """After an error, ends the processes that Lightning started with this one as it ends: one that hangs would stay.
 
         Raises:
@@ -452,15 +449,13 @@ class TaskCLI(LightningCLI):
             OSError: a file of the run cannot be written.
         """
         try:
-            super()._run_subcommand(subcommand)
+            run()
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # by which Lightning has ended
                 sys.exit(INTERRUPTED)
             raise
         except Exception as error:
-            launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                atexit.register(launcher.kill, _get_sigkill_signal())
+            kill_at_exit(self.trainer.strategy)
             if str(error).startswith("Early stopping conditioned on metric"):
                 raise UserError(" ".join(str(error).split())) from error
             if not is_mistake(error) and (file := unwritten(self.trainer, error)):

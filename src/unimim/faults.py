@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unimim.errors import NotFiniteError, UserError
+from unimim.lightning import log_step, replace_signal_handlers, stop_sigterm_broadcast
 from unimim.saving import replace
 from unimim.waiting import may_wait
 
@@ -227,18 +228,17 @@ class StopOnSignal(pl.Callback):
         self.begun = False
         self.process, self.is_first = os.getpid(), trainer.is_global_zero
         self.previous: dict[int, Any] = {}
-        connector: Any = trainer._signal_connector
         takes = stage == "fit" and threading.current_thread() is threading.main_thread()
         if takes:
             self.found = self.take()
 
-        def register_signal_handlers() -> None:
+        def register(lightnings_own: Callable[[], None]) -> None:
             self.give_back()
-            type(connector).register_signal_handlers(connector)
+            lightnings_own()
             if takes:
                 self.previous = self.take()
 
-        connector.register_signal_handlers = register_signal_handlers
+        replace_signal_handlers(trainer, register)
 
     def take(self) -> dict[int, Any]:
         """Handles the signals here; returns the handlers before."""
@@ -275,8 +275,7 @@ class StopOnSignal(pl.Callback):
         self.step = trainer.global_step
         callbacks: Any = trainer  # others change what is saved, so this is the last but for ModelCheckpoint
         callbacks.callbacks = sorted(callbacks.callbacks, key=lambda other: (isinstance(other, Checkpoint), other is self))
-        loop: Any = trainer.fit_loop.epoch_loop
-        loop._broadcast_sigterm_tensor = lambda: None  # by which every step of several processes would wait
+        stop_sigterm_broadcast(trainer)
         if number := self.agreed(trainer):
             self.stop(trainer, number, "before this run's first step")
 
@@ -300,9 +299,7 @@ class StopOnSignal(pl.Callback):
             try:
                 self.stop(trainer, number, f"after step {self.step}: {told}")
             except SIGTERMException:
-                connector = trainer._logger_connector  # Lightning would log this step's metrics behind this hook
-                connector.on_batch_end()
-                connector.update_train_step_metrics()
+                log_step(trainer)
                 raise
 
     def agreed(self, trainer: pl.Trainer) -> int:

@@ -15,6 +15,7 @@ from torch import distributed
 
 from unimim.errors import UserError
 from unimim.files import misfits
+from unimim.lightning import cluster_environment, runs_before_training, trainer_of
 from unimim.randomness import accumulated
 
 COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
@@ -37,7 +38,7 @@ def check_processes(trainer: pl.Trainer) -> None:
     """
     if distributed.is_available() and distributed.is_initialized():
         return
-    environment: Any = trainer._accelerator_connector.cluster_environment
+    environment: Any = cluster_environment(trainer)
     counted, nodes = trainer.num_nodes * trainer.num_devices, trainer.num_nodes
     if isinstance(environment, LightningEnvironment):
         check_unseen(counted, nodes)
@@ -77,7 +78,7 @@ def check_callbacks(trainer: pl.Trainer) -> None:
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         name = type(callback).__name__
-        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not callback._early_exit:
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not runs_before_training(callback):
             finder = "lr_find(model, ...)" if isinstance(callback, LearningRateFinder) else "scale_batch_size(model, ...)"
             raise UserError(
                 f"trainer.callbacks: {name} would find its number when the schedule is made already, which would not follow: "
@@ -104,9 +105,9 @@ def check_resumed(task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         ValueError: keys are of another shape, or (in a Trainer, unless `strict_loading` is False) missing or unexpected.
     """
     weights = checkpoint.get("state_dict") or {}
-    if not weights or (task._trainer is not None and isinstance(task.trainer.strategy, FSDPStrategy)):
+    if not weights or (trainer_of(task) is not None and isinstance(task.trainer.strategy, FSDPStrategy)):
         return
-    if found := misfits(task, weights, strict=task._trainer is not None and task.strict_loading):
+    if found := misfits(task, weights, strict=trainer_of(task) is not None and task.strict_loading):
         raise UserError(
             f"the checkpoint is of another model than this {type(task).__name__}: {found}; give the arguments that it was "
             f"trained with"

@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LambdaCallback, LearningR
 from pytorch_lightning.utilities import rank_zero_warn
 
 from unimim.errors import UserError
+from unimim.lightning import has_saved, intervals
 
 COUNTED = ("epoch", "step")
 """What a ModelCheckpoint knows beside the metrics."""
@@ -72,7 +73,7 @@ def why_unsaved(trainer: pl.Trainer) -> str | None:
         return "trainer.fast_dev_run tries the run, and saves nothing"
     if not savers:
         return "trainer.enable_checkpointing is false"
-    if any(saver._last_checkpoint_saved for saver in savers):
+    if any(has_saved(saver) for saver in savers):
         return None
     return "; ".join(reason(saver, trainer) for saver in savers)
 
@@ -84,10 +85,5 @@ def reason(saver: ModelCheckpoint, trainer: pl.Trainer) -> str:
     measured = list(trainer.callback_metrics)
     if saver.monitor and saver.monitor not in (*measured, *COUNTED):
         return f"ModelCheckpoint monitors {saver.monitor!r}, which was not logged ({', '.join(measured) or 'nothing was'})"
-    every = {
-        "every_n_epochs": saver._every_n_epochs,
-        "every_n_train_steps": saver._every_n_train_steps,
-        "train_time_interval": saver._train_time_interval,
-    }
-    when = " ".join(f"{name} {value}" for name, value in every.items() if value) or "never"
+    when = " ".join(f"{name} {value}" for name, value in intervals(saver).items() if value) or "never"
     return f"ModelCheckpoint saves by {when}, which this run, ended at step {trainer.global_step}, has not reached"

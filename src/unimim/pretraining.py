@@ -17,6 +17,7 @@ from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.launching import check_processes, step_in_words
+from unimim.lightning import before_transfer, read_anew, trainer_of
 from unimim.losses import CosineLoss, SoftCrossEntropyLoss
 from unimim.normalizations import CenteredSoftmax
 from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
@@ -312,14 +313,14 @@ class MaskedImageModeling(Task):
         try:
             for number, batch in enumerate(trainer.train_dataloader):
                 batch = trainer.precision_plugin.convert_input(batch)
-                batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = before_transfer(self, batch)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 self.check_batch(batch)
                 if number == 0:
                     check_pixels(batch)
                 yield batch
         finally:  # persistent workers have one iterator for all: training would go on behind these batches
-            iter(trainer.fit_loop._data_fetcher)
+            read_anew(trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds what the teacher brings to those of every task."""
@@ -332,7 +333,8 @@ class MaskedImageModeling(Task):
             ValueError: the batch is not images alone (in a prediction also with labels), not of the student's size, or not
                 pixels in three channels.
         """
-        if self._trainer is not None and self._trainer.predicting:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.predicting:
             batch = images_in(batch)
         if not isinstance(batch, Tensor) or batch.ndim != 4:
             labelled = " (images and labels?)" if isinstance(batch, (list, tuple)) else ""

@@ -18,13 +18,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from pytorch_lightning.loops import evaluation_loop, fit_loop
 from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, DistributedSampler
 
 from unimim.errors import UserError
+from unimim.lightning import is_validation_due, read_anew, set_progress
 
 
 class View(NamedTuple):
@@ -295,7 +295,7 @@ class ExactResume(pl.Callback):
             )
             if amid:
                 loader.sampler.set_epoch(trainer.current_epoch)
-                iter(loop._data_fetcher)
+                read_anew(trainer)
                 return
         measured = {name: torch.tensor(value, device=pl_module.device) for name, value in self.metrics.items()}
         trainer.callback_metrics.update(measured)
@@ -305,18 +305,10 @@ class ExactResume(pl.Callback):
         whole = done == trainer.num_training_batches
         for progress, count in ((batches.current, done), (batches.total, batches.total.processed - seen + done)):
             progress.ready = progress.started = progress.processed = progress.completed = count
-        due = done > 0 and (over or done == seen) and not validated and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        loop._restart_stage = fit_loop.RestartStage.RESTARTED_MID_EPOCH if begun else fit_loop.RestartStage.NONE
-        loop.epoch_loop.restarting = begun
-        loop.epoch_loop.reset_restart_stage()
-        validation.restarting = False  # all of it, which Lightning does in the place of a batch where it was amid one
-        stages = evaluation_loop.RestartStage
-        validation._restart_stage = stages.RESTARTED_MID_EVALUATION if due else stages.NONE
-        # Lightning adds one when it begins, and one after a validation
-        loop.epoch_loop._batches_that_stepped = loop.epoch_loop.global_step - int(begun) - int(due)
-        loop._last_train_dl_reload_epoch = trainer.current_epoch  # else it would make another loader, at its start
+        due = done > 0 and (over or done == seen) and not validated and is_validation_due(trainer)
+        set_progress(trainer, begun, due)
         loader.sampler.resume(trainer.current_epoch, len(loader.sampler) if whole else done * loader.batch_size)
-        iter(loop._data_fetcher)
+        read_anew(trainer)
         self.quiet.enter_context(warnings.catch_warnings())  # until the first batch
         warnings.filterwarnings("ignore", message=NOT_RESUMABLE)
 

@@ -23,6 +23,7 @@ from unimim.faults import SkipNonFinite
 from unimim.fitting import by
 from unimim.interfaces import IGNORED, RGB, Grid
 from unimim.launching import check_processes, step_in_words
+from unimim.lightning import layer_sync, leave_out_layer_sync
 from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
@@ -478,10 +479,10 @@ class UperNetSegmentation(Task):
     def synchronise(self) -> bool:
         """Whether batch norms see the images of all processes (`trainer.sync_batchnorm`); torch's cannot on a CPU."""
         strategy: Any = self.trainer.strategy
-        asked = self.trainer.world_size > 1 and getattr(strategy, "_layer_sync", None) is not None
+        asked = self.trainer.world_size > 1 and layer_sync(strategy) is not None
         if asked and strategy.root_device.type == "cpu":
             rank_zero_warn("trainer.sync_batchnorm: torch cannot synchronise batch norms on a CPU, each process has its own")
-            strategy._layer_sync = None
+            leave_out_layer_sync(strategy)
             return False
         return asked
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unimim.errors import UserError
+from unimim.lightning import averages_buffers, layer_sync, trainer_of
 
 LISTS = ("blocks", "stages", "layers")
 """How timm calls the lists of what a network repeats; the first of them that a network has is taken."""
@@ -39,7 +40,7 @@ def shard(task: pl.LightningModule, modules: Sequence[nn.Module], followers: Seq
         ValueError: under `ModelParallelStrategy`, processes that share no data (there is no plan of tensor parallelism), or
             batch norms on a GPU that are not synchronised; under `FSDPStrategy`, followers; and as `check_average`.
     """
-    trainer: Any = task._trainer
+    trainer = trainer_of(task)
     if trainer is None:  # its weights are loaded, and nothing is trained
         return
     strategy = trainer.strategy
@@ -60,8 +61,8 @@ def shard(task: pl.LightningModule, modules: Sequence[nn.Module], followers: Seq
             f"split tensors, for which these models have no plan: set data_parallel_size to {trainer.world_size} and "
             f"tensor_parallel_size to 1"
         )
-    if strategy._layer_sync is not None:  # which this strategy of Lightning leaves alone
-        strategy._layer_sync.apply(task)
+    if (synchronised := layer_sync(strategy)) is not None:  # which this strategy of Lightning leaves alone
+        synchronised.apply(task)
     elif strategy.root_device.type != "cpu" and any(isinstance(part, _BatchNorm) for part in task.modules()):
         raise UserError(
             "batch norms would gather statistics of their own in each process, and a file of shards mixes them: set "
@@ -96,7 +97,7 @@ def check_average(average: WeightAveraging, task: pl.LightningModule) -> None:
             f"trainer.callbacks: {type(average).__name__} holds a whole copy, which cannot follow the shards of "
             f"{strategy.__name__}: leave it out, or set trainer.strategy to ddp"
         )
-    if average._use_buffers and not all(buffer.is_floating_point() for buffer in task.buffers()):
+    if averages_buffers(average) and not all(buffer.is_floating_point() for buffer in task.buffers()):
         raise UserError(
             f"trainer.callbacks: {type(average).__name__} would average integers, and round them to wrong ones: set its "
             f"use_buffers to false"

@@ -22,6 +22,7 @@ from unimim.commands import FREE, PretrainCLI, closest, in_one_line, pretrain, s
 from unimim.errors import MissingFileError, UserError
 from unimim.faults import INTERRUPTED, StopOnSignal, status_after
 from unimim.files import read_file
+from unimim.lightning import parser_of
 from unimim.pretraining import MaskedImageModeling
 from unimim.randomness import derived_seed
 from unimim.written import naming, remove_dead, whole
@@ -324,7 +325,7 @@ class Configuration(PretrainCLI):
     def instantiate_classes(self) -> None:
         """Nothing is made."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, run: Callable[[], None]) -> None:
         """Nothing is run."""
 
 
@@ -335,7 +336,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
         SystemExit: it is none, in one line.
     """
     cli = in_one_line(lambda: Configuration(MaskedImageModeling, **settings("pretrain"), args=words))
-    return yaml.safe_load(cli._parser("fit").dump(cli.config.fit, skip_none=False))
+    return yaml.safe_load(parser_of(cli, "fit").dump(cli.config.fit, skip_none=False))
 
 
 def told(point: dict[str, Any]) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import pytorch_lightning as pl
 import torch
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
-from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.core.saving import _default_map_location, _load_state
 from torch import Tensor, nn
 
 import unimim
@@ -30,6 +29,7 @@ from unimim.files import (
     refusal,
 )
 from unimim.launching import check_callbacks, check_resumed
+from unimim.lightning import saved_device, task_from, trainer_of
 from unimim.randomness import exact_resume
 from unimim.waiting import may_wait
 
@@ -78,9 +78,10 @@ class Task(pl.LightningModule):
             raise UserError(f"hparams_file {hparams_file} is not read: give the arguments by name, {cls.__name__}'s")
         if weights_only is False:
             return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, False, **kwargs)
-        where = map_location or _default_map_location
+        where = map_location or saved_device
         if "://" in str(checkpoint_path):
-            content = _load(checkpoint_path, where, weights_only=True)
+            with fsspec.open(str(checkpoint_path)) as file:
+                content = torch.load(file, where, weights_only=True)
             if is_changed(content):
                 raise UserError(damaged(checkpoint_path, CHANGED))
         else:
@@ -98,7 +99,7 @@ class Task(pl.LightningModule):
             if not key.startswith("_")  # Lightning's own, by which it would make the classes
         }
         state = {key: value for key, value in content.items() if key not in ("hyper_parameters", "hparams", "module_arguments")}
-        task: Any = _load_state(cls, state, strict=strict, **{**made_of, **kwargs})
+        task = task_from(cls, state, strict, **{**made_of, **kwargs})
         device = next((value.device for value in state["state_dict"].values() if isinstance(value, torch.Tensor)), None)
         return task if device is None else task.to(device)
 
@@ -124,7 +125,7 @@ class Task(pl.LightningModule):
         the progress bar shows the last logged loss. (`self.log(..., sync_dist=True)` would have a barrier and a collective in
         every step, and the bar would wait for the device in every step.)
         """
-        trainer = self._trainer
+        trainer = trainer_of(self)
         if trainer is None:  # Lightning says that there is nothing to log to
             self.log("train/loss", loss)
         elif may_wait(trainer) or trainer.is_last_batch:
@@ -148,7 +149,7 @@ class Task(pl.LightningModule):
         weights = checkpoint.get("state_dict", {})  # in shards, they are elsewhere
         for name in [name for name in weights if "_orig_mod." in name]:
             weights[name.replace("_orig_mod.", "")] = weights.pop(name)
-        trainer = self._trainer
+        trainer = trainer_of(self)
         savers = [] if trainer is None else [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
         for state in checkpoint.get("callbacks", {}).values():

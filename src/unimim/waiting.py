@@ -4,6 +4,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from unimim.lightning import is_logged
+
 
 def may_wait(trainer: pl.Trainer) -> bool:
     """Whether this step of a training is logged (each `trainer.log_every_n_steps`-th), which all processes answer alike.
@@ -13,4 +15,4 @@ def may_wait(trainer: pl.Trainer) -> bool:
     steps: Any = trainer
     if trainer.strategy.root_device.type == "cpu" or not steps.log_every_n_steps:
         return True
-    return bool(trainer._logger_connector.should_update_logs)
+    return is_logged(trainer)

@@ -19,6 +19,7 @@ from unimim.backbones import check_object
 from unimim.errors import UserError
 from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
 from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.lightning import read_anew
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
 from unimim.target_files import TargetFiles, in_words, whole_in_cache
 from unimim.written import save_tensors
@@ -151,7 +152,7 @@ class FixedViews(pl.Callback):
         trainer.strategy.barrier("cache: it is written")
         self.files.open_all(target.views)
         self.fix(trainer)
-        iter(loop._data_fetcher)  # it may have begun to read other views
+        read_anew(trainer)  # it may have begun to read other views
 
     def on_disk(self) -> tuple[bool, list[list[int]], int]:
         """Whether the cache was begun, the numbers of the files that each view lacks, and the bytes that are free."""
