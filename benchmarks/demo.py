@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from unimim import CPUPrecision, FashionMNISTData, FineTuning, HOGTarget, PixelTarget, commands, load_backbone
+from unimim.knn import knn
 from unimim.pretraining import MaskedImageModeling
-from unimim.probing import accuracy, extract_features, knn, linear_probe
+from unimim.probing import accuracy, extract_features, linear_probe
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -50,7 +50,7 @@ from unimim import (
     VQKDTarget,
 )
 from unimim.interfaces import Grid
-from unimim.probing import knn
+from unimim.knn import knn
 
 GRID = (4, 4)
 MASKINGS = {

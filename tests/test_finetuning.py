@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from unimim import ClassFolderData, FineTuning, MaskTokenStudent, VisibleStudent, load_backbone
 from unimim.checkpoint import describe_backbone
 from unimim.cli import main
-from unimim.probing import accuracy, extract_features, knn
+from unimim.knn import knn
+from unimim.probing import accuracy, extract_features
 
 VIT = "vit_tiny_patch16_224"
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]

@@ -17,6 +17,7 @@ FLOORS = {
     "files": 1,
     "layouts": 1,
     "batches": 1,
+    "knn": 1,
     "selection": 1,
     "pictures": 1,
     "cpu": 1,

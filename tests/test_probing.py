@@ -1,8 +1,7 @@
-"""k-NN and the probes against brute force, plain loops and scikit-learn, the callback against silence."""
+"""The probes against plain loops and scikit-learn, the k-NN callback against silence."""
 
 import copy
 import math
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,190 +13,19 @@ from conftest import ROOT, TINY, tiny_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from unimim import FashionMNISTData, FineTuning, KNNCallback, load_backbone
 from unimim.backbones import create_backbone
-from unimim.probing import (
-    AttentiveProbe,
-    LinearProbe,
-    Probe,
-    accuracy,
-    cosines,
-    extract_features,
-    fixed_point,
-    gather_shards,
-    knn,
-    linear_probe,
-)
+from unimim.probing import AttentiveProbe, LinearProbe, Probe, accuracy, extract_features, linear_probe
 
 
 def blobs(n: int, d: int = 16, classes: int = 5) -> tuple[Tensor, Tensor]:
     labels = torch.arange(n) % classes
     centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(1))
     return centers[labels] + 1.2 * torch.randn(n, d), labels
-
-
-def brute_force(features: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float = 0.07) -> list[int]:
-    """One query and one neighbour at a time, in float64 and with sums that are rounded once; what is tied, ties exactly."""
-    expected = []
-    for query in features.double().tolist():
-        cosines = []
-        for other in bank.double().tolist():
-            dot, *norms = (math.fsum(x * y for x, y in zip(a, b, strict=True)) for a, b in
-                           ((query, other), (query, query), (other, other)))  # fmt: skip
-            cosines.append(dot / math.sqrt(norms[0]) / math.sqrt(norms[1]))
-        votes = defaultdict(list)
-        for index in sorted(range(len(bank)), key=lambda i: (-cosines[i], i))[:k]:
-            votes[int(labels[index])].append(math.exp((cosines[index] - max(cosines)) / temperature))
-        expected.append(min(votes, key=lambda label: (-math.fsum(votes[label]), label)))
-    return expected
-
-
-def test_knn_is_brute_force() -> None:
-    (bank, bank_labels), (features, _) = blobs(200), blobs(70)
-    expected = brute_force(features, bank, bank_labels, 20)
-    assert knn(features, bank, bank_labels).tolist() == expected
-    for chunk in (1, 7, 64, 199):
-        assert knn(features, bank, bank_labels, chunk=chunk).tolist() == expected
-    nearest = (torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(bank).T).argmax(1)
-    assert torch.equal(knn(features, bank, bank_labels, k=1), bank_labels[nearest])
-    with pytest.raises(ValueError, match="asks 20 neighbours, but only 5 images have labels"):
-        knn(features, bank[:5], bank_labels[:5])
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 13])
-def test_equally_near_neighbours_vote_by_lowest_index(k: int) -> None:
-    """Every image of the bank six times, two of them twice as long, each with another label, in a shuffled order."""
-    torch.manual_seed(k)
-    bank = torch.randn(20, 11).repeat(6, 1) * torch.tensor([1.0, 2.0, 1.0, 0.5, 1.0, 1.0]).repeat_interleave(20)[:, None]
-    order = torch.randperm(120)
-    bank, labels, features = bank[order], torch.randint(7, (120,)), torch.randn(40, 11)
-    expected = brute_force(features, bank, labels, k)
-    for chunk in (1, 3, 16, 50, 120, 2048):
-        assert knn(features, bank, labels, k, chunk=chunk).tolist() == expected
-    assert knn(features, bank.flip(0), labels.flip(0), k).tolist() != expected  # the order does matter here
-    assert knn(features, bank[:1].expand(120, -1), labels, k=1).tolist() == [int(labels[0])] * 40
-
-
-@pytest.mark.parametrize("gap", [1e-5, 1e-7, 1e-9, 1e-11])
-def test_almost_equally_near_neighbours_are_told_apart(gap: float) -> None:
-    """Far below what float32 tells apart: ten copies of each image, each turned a little further."""
-    bank = torch.randn(12, 16, dtype=torch.float64).repeat(10, 1)
-    bank[:, 0] += gap * torch.randperm(120)
-    labels, features = torch.randint(6, (120,)), torch.randn(30, 16, dtype=torch.float64)
-    for k in (1, 4, 15):
-        expected = brute_force(features, bank, labels, k)
-        assert all(knn(features, bank, labels, k, chunk=chunk).tolist() == expected for chunk in (7, 64, 2048))
-
-
-def test_classes_with_equal_votes_go_to_the_lowest() -> None:
-    """Two classes have the same eight cosines, each in an order of its own, in which floats add up to different sums."""
-    sides = [(4, 3), (12, 5), (24, 7), (15, 8), (40, 9), (60, 11), (35, 12), (84, 13)]  # of a hypotenuse without a root
-    near = torch.tensor(sides, dtype=torch.float64)
-    weights = torch.exp((near[:, 0] / near.norm(dim=1) - near[:, 0].div(near.norm(dim=1)).max()) / 0.3)
-    labels = torch.tensor([3] * 8 + [1] * 8)
-    misled = 0
-    for _ in range(40):
-        high, low = torch.randperm(8), torch.randperm(8)
-        misled += sum(weights[high].tolist()) > sum(weights[low].tolist())
-        for chunk in (1, 5, 100):
-            predicted = knn(torch.tensor([[1.0, 0.0]]), near[torch.cat([high, low])], labels, 16, temperature=0.3, chunk=chunk)
-            assert predicted.tolist() == [1]
-    assert misled > 5
-
-
-@pytest.mark.parametrize("width", [1, 3, 16, 768, 1025])
-def test_cosines_are_those_of_float64_and_have_no_order(width: int) -> None:
-    a, b = torch.randn(30, width), torch.randn(50, width)
-    a[:, 0] *= 100  # a channel of very large numbers, as CLIP has
-    b[:, 0] *= 100
-    b[7] = 0
-    found = cosines(fixed_point(a), fixed_point(b))
-    expected = F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-13)
-    order = torch.randperm(width)
-    assert torch.equal(found, cosines(fixed_point(a[:, order]), fixed_point(b[:, order])))
-    assert torch.equal(found[3:4, 9:11], cosines(fixed_point(a[3:4]), fixed_point(b[9:11])))
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    for wrong in (math.nan, math.inf):
-        bank = torch.randn(4, 3)
-        bank[2, 1] = wrong
-        for features, others in ((torch.randn(4, 3), bank), (bank, torch.randn(4, 3))):
-            with pytest.raises(ValueError, match="finite features"):
-                knn(features, others, torch.arange(4), k=1)
-
-
-@pytest.mark.parametrize(
-    ("n", "bank", "width", "k", "classes", "chunk"),
-    [
-        (150, 1200, 256, 20, 10, 64),
-        (300, 1200, 16, 20, 10, 128),
-        (300, 1200, 16, 100, 10, 128),
-        (300, 1200, 16, 20, 4000, 128),
-    ],
-)
-def test_memory_beyond_the_bank_is_bounded(n: int, bank: int, width: int, k: int, classes: int, chunk: int) -> None:
-    """The most that torch had allocated at once; a bank twice as large takes no more."""
-    bound = 8 * chunk * (4 * chunk + 5 * width + 8 * k + classes) + 8 * n
-    peaks = []
-    for size in (bank, 2 * bank):
-        labels = torch.arange(size) % classes
-        labels[0] = classes - 1
-        features, others = torch.randn(n, width), torch.randn(size, width)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            knn(features, others, labels, k, chunk=chunk)
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-        peaks.append(int(changes.cumsum(0).max()))
-    assert peaks[0] > bound / 4, "nothing was measured"
-    assert peaks[1] <= bound
-    assert peaks[1] <= 1.05 * peaks[0]
-
-
-def knn_of_process(rank: int, processes: int, folder: str) -> None:
-    """k-NN as each of several processes does it: its own shard through the backbone, then the gathered bank."""
-    torch.set_num_threads(1)  # also of the one that is alone, so that sums are taken in one order
-    if processes > 1:
-        distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    backbone = create_backbone(TINY["vit"][0], {**TINY["vit"][1], "num_classes": 0, "global_pool": ""})
-    backbone.load_state_dict(torch.load(f"{folder}/backbone.pt"))
-    results = []
-    for split in ("bank", "queries"):
-        images, labels = torch.load(f"{folder}/{split}.pt")
-        dataset = TensorDataset(images, labels)
-        sampler = DistributedSampler(dataset, processes, rank, shuffle=False)
-        shard = extract_features(backbone, DataLoader(dataset, batch_size=4, sampler=sampler))
-        results += [gather_shards(part, len(dataset)) for part in shard]
-    bank, bank_labels, features, labels = results
-    torch.save([bank, bank_labels, labels, knn(features, bank, bank_labels, k=5)], f"{folder}/{rank}_of_{processes}.pt")
-    if processes > 1:
-        with pytest.raises(ValueError, match=r"shards of \[18, 19\] rows are none"):
-            gather_shards(torch.zeros(18 + rank), 37)
-        with pytest.raises(ValueError, match="drop_last=False"):
-            gather_shards(torch.zeros(18), 37)
-        distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 and 21 images: the second process has one that the sampler repeats."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.save(tiny_backbone().state_dict(), tmp_path / "backbone.pt")
-    torch.save((torch.rand(37, 3, 32, 32), torch.arange(37) % 5), tmp_path / "bank.pt")
-    torch.save((torch.rand(21, 3, 32, 32), torch.arange(21)), tmp_path / "queries.pt")
-    for processes in (2, 1):
-        torch.multiprocessing.spawn(knn_of_process, (processes, str(tmp_path)), nprocs=processes)
-    alone = torch.load(tmp_path / "0_of_1.pt")
-    assert torch.equal(alone[2], torch.arange(21))
-    for rank in (0, 1):
-        bank, *answers = torch.load(tmp_path / f"{rank}_of_2.pt")
-        torch.testing.assert_close(bank, alone[0])
-        assert all(torch.equal(found, expected) for found, expected in zip(answers, alone[1:], strict=True))
 
 
 def test_the_linear_probe_is_logistic_regression() -> None:

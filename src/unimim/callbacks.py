@@ -22,10 +22,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from unimim.data.listing import NO_PHOTOS
 from unimim.errors import UserError
 from unimim.interfaces import check_positive
+from unimim.knn import gather_shards, knn
 from unimim.optim import all_steps
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling
-from unimim.probing import accuracy, extract_features, gather_shards, knn
+from unimim.probing import accuracy, extract_features
 from unimim.randomness import aside
 from unimim.saving import run_folder
 from unimim.written import naming
@@ -130,7 +131,7 @@ class KNNCallback(pl.Callback):
     Args:
         every_n_epochs: epochs between two measurements; the last epoch is always measured.
         k: neighbours that vote.
-        temperature: of their votes, see `unimim.probing.knn`.
+        temperature: of their votes, see `unimim.knn.knn`.
 
     Raises:
         ValueError: a number below 1; the data module has no labelled images, or fewer than k.

@@ -42,13 +42,13 @@ from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
 from unimim.interfaces import RGB, Head, Masking, Student, TargetGenerator
+from unimim.knn import knn as nearest_neighbours
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.lightning import RunsSubcommand, cluster_environment, kill_at_exit, parser_of
 from unimim.monitoring import CheckMonitors, why_unsaved
 from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
 from unimim.printing import printable
 from unimim.probing import Feature, Probe, accuracy, extract_features
-from unimim.probing import knn as nearest_neighbours
 from unimim.saving import (
     AtomicCheckpointIO,
     KeepRecipe,

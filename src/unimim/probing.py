@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: k-NN, linear and attentive probes on its patch tokens."""
+"""What a frozen encoder knows: features of its patch tokens, and linear and attentive probes on them."""
 
 import copy
 import hashlib
@@ -12,7 +12,7 @@ from einops import rearrange, reduce
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from timm.layers import AttentionPoolLatent
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -42,7 +42,7 @@ def extract_features(
 
     The first batch is looked at as a training's is.
 
-    In several processes each has its share of the images, and `gather_shards` puts features and labels together.
+    In several processes each has its share of the images, and `unimim.knn.gather_shards` puts features and labels together.
 
     Raises:
         ValueError: the first batch is not as `check_pixels` wants it, float32 or as the backbone's weights; as `pool`.
@@ -97,145 +97,6 @@ def check_feature(backbone: Any, feature: Feature) -> None:
     known = ["mean"] if getattr(backbone, "cls_token", None) is None else ["mean", "cls"]
     if feature not in known:
         raise UserError(f"feature is {feature!r}, but this {type(backbone).__name__} has {' and '.join(known)} only")
-
-
-def gather_shards(shard: Tensor, total: int) -> Tensor:
-    """The rows [n ...] that each process has of a set of `total` -> all [total ...], in the order of one process alone.
-
-    For the shards of `DistributedSampler(dataset, shuffle=False)`: process r of w has the rows r, r + w, r + 2 w, ..., and
-    the last shards are filled with rows from the start, which are dropped here. So k-NN on what is gathered gives the same
-    labels as in one process. Every process gets all rows, and for a moment has them twice.
-
-    Without `torch.distributed` the only shard is everything.
-
-    Raises:
-        ValueError: the shards are not of one length, or not of `total` rows together (plus what fills the last).
-    """
-    several = distributed.is_available() and distributed.is_initialized()
-    processes = distributed.get_world_size() if several else 1
-    lengths = [len(shard)] * processes
-    if several:
-        distributed.all_gather_object(lengths, len(shard))
-    if len(set(lengths)) > 1 or not 0 <= sum(lengths) - total < processes:
-        raise UserError(
-            f"shards of {lengths} rows are none of DistributedSampler's of {total}: it has to have drop_last=False, and the "
-            f"loader too"
-        )
-    if not several:
-        return shard
-    shards = shard.new_empty(processes, *shard.shape)
-    distributed.all_gather(list(shards.unbind()), shard.contiguous())
-    return rearrange(shards, "w n ... -> (n w) ...")[:total]
-
-
-def knn(
-    features: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 20, temperature: float = 0.07, chunk: int = 2048
-) -> Tensor:
-    """Labels [n] of features [n d] by the votes of their k nearest in a bank [N d] with labels [N].
-
-    Nearest by cosine; a vote weighs exp(cosine / temperature), as in DINO (Caron et al., 2021; k 20, temperature 0.07). Of
-    neighbours that are equally near, those of the lowest index vote; of classes with equal votes, the lowest wins.
-
-    Cosines are computed in float64, right to 1e-12, and the sums in them and in the votes are without rounding (see
-    `fixed_point`): neither the chunk, nor the number of threads or processes, nor the device changes who is nearest.
-
-    Args:
-        features, bank: finite; the bank may be on another device, its chunks are brought over.
-        temperature: votes below exp(-28) of the nearest neighbour's count as none.
-        chunk: rows of features and of the bank that are compared at a time. Memory beyond features, bank and answer is at
-            most 8 chunk (4 chunk + 5 d + 8 k + classes) bytes, whatever n and N: 216 MB for 768 channels and 1000 classes.
-
-    Raises:
-        ValueError: k is larger than the bank, a feature is NaN or infinite, or the temperature is not above 0.
-    """
-    if not temperature > 0:
-        raise UserError(f"k-NN's temperature is {temperature}, but it is above 0")
-    if k < 1:
-        raise UserError(f"k-NN asks {k} neighbours, but at least 1 votes")
-    if k > len(bank):
-        raise UserError(f"k-NN asks {k} neighbours, but only {len(bank)} images have labels")
-    device = features.device
-    if device.type == "mps":  # it has no float64
-        features, bank = features.cpu(), bank.cpu()
-    labels = bank_labels.to(features.device)
-    classes = int(labels.max()) + 1
-    chunks = features.split(chunk)
-    return torch.cat([vote(*neighbours(rows, bank, k, chunk), labels, classes, temperature) for rows in chunks]).to(device)
-
-
-def vote(similarity: Tensor, nearest: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Cosines and indices [b k] of the nearest, labels [N] -> the label with most votes [b]; of equal ones the lowest."""
-    weights = torch.exp((similarity - similarity.amax(1, keepdim=True)) / temperature)
-    weights = (weights * 2**40).round()  # whole numbers: equal votes stay equal, in whatever order they are added
-    votes = torch.zeros(len(weights), classes, dtype=torch.float64, device=weights.device)
-    return votes.scatter_add_(1, bank_labels[nearest], weights).argmax(1)
-
-
-def neighbours(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices [b k] of the k nearest in a bank [N d] to rows [b d], by ascending index."""
-    queries = fixed_point(rows)
-    similarity = torch.empty(len(rows), 0, dtype=torch.float64, device=rows.device)
-    index = torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
-    for start in range(0, len(bank), chunk):
-        others = bank[start : start + chunk].to(rows.device)
-        similarity = torch.cat([similarity, cosines(queries, fixed_point(others))], 1)
-        found = torch.arange(start, start + len(others), device=rows.device)
-        index = torch.cat([index, found.expand(len(rows), -1)], 1)
-        columns = largest(similarity, min(k, similarity.shape[1]))
-        similarity, index = similarity.gather(1, columns), index.gather(1, columns)
-    return similarity, index
-
-
-def largest(values: Tensor, k: int) -> Tensor:
-    """The columns [b k] of the k largest of each row of [b n], ascending; of equal ones the first. (topk takes any.)"""
-    least = values.topk(k, dim=1).values[:, -1:]
-    above, equal = values > least, values == least
-    room = k - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1) <= room))
-    return chosen.nonzero()[:, 1].view(len(values), k)
-
-
-def fixed_point(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [n d] -> upper and lower digits [n d] of their entries as whole numbers, and their norms [n 1].
-
-    An entry, in units of the largest of its row, is (upper + lower / 2^p) / 2^p, with p so small (21 for 768 channels) that a
-    sum of d products of such numbers is below 2^53: float64 adds them without rounding, so in any order.
-
-    Raises:
-        ValueError: an entry is NaN or infinite.
-    """
-    if not torch.isfinite(features).all():
-        raise UserError("k-NN needs finite features, but some are NaN or infinite: did the encoder diverge?")
-    features = features.double()
-    features = features / features.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    unit = 2 ** digits(features)
-    features *= unit  # in place, for the memory
-    upper = features.round()
-    features -= upper
-    features *= unit
-    lower = features.round_()
-    squares, crossed, rest = (reduce(a * b, "n d -> n 1", "sum") for a, b in ((upper, upper), (upper, lower), (lower, lower)))
-    squared = squares + (2 * crossed + rest / unit) / unit
-    return upper, lower, squared.sqrt().clamp_min(1)  # only a row of zeros has a norm below 1
-
-
-def digits(features: Tensor) -> int:
-    """p of `fixed_point`: d 2^(2 p) is at most 2^53."""
-    return (53 - (features.shape[1] - 1).bit_length()) // 2
-
-
-def cosines(rows: tuple[Tensor, Tensor, Tensor], columns: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """[b n] of two results of `fixed_point`, of b and n features. Each product is exact, and then they are added."""
-    upper, lower, norm = rows
-    other_upper, other_lower, other_norm = columns
-    unit = 2 ** digits(upper)
-    result = lower @ other_lower.T
-    result /= unit
-    result += lower @ other_upper.T
-    result += upper @ other_lower.T
-    result /= unit
-    result += upper @ other_upper.T
-    return result.div_(norm).div_(other_norm.T)
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, penalty: float = 1e-3, steps: int = 200) -> Tensor:
