@@ -48,6 +48,7 @@ FLOORS = {
     "data": 3,
     "efficientnet_lite": 3,
     "task": 3.5,
+    "supervised": 3.75,
     "pretraining": 4,
     "finetuning": 4,
     "probing": 4,

@@ -204,6 +204,41 @@ def test_the_tuner_finds_a_rate_and_a_batch(tmp_path: Path, name: str) -> None:
     assert runner.global_step == len(rates.found) == 6
 
 
+@pytest.mark.parametrize("name", ["finetuning", "segmentation"])
+def test_a_rate_that_is_set_on_a_model_is_its_peak_without_a_data_module_too(tmp_path: Path, name: str) -> None:
+    model = task(name)
+    model.lr = 3e-3
+    runner = trainer(tmp_path)
+    runner.fit(model, DataLoader(samples(name), batch_size=4))
+    assert max(group["initial_lr"] for group in runner.optimizers[0].param_groups) == model.peak_lr == 3e-3
+
+
+# A step of one's own
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_of_ones_own_keeps_what_the_task_has(tmp_path: Path, name: str) -> None:
+    """Guard, callbacks, schedule, and what a checkpoint says; a file of it resumes and loads."""
+    kind = type(task(name))
+    own = type("Own", (kind,), {"training_step": lambda self, batch, batch_idx: 2 * kind.training_step(self, batch, batch_idx)})
+    theirs, ours = (task(name) for _ in range(2))
+    ours.__class__ = own
+    said = []
+    for model in (theirs, ours):
+        runner = trainer(tmp_path, max_epochs=2)
+        runner.fit(model, DataLoader(samples(name), batch_size=4))
+        runner.save_checkpoint(tmp_path / "own.ckpt")
+        content = torch.load(tmp_path / "own.ckpt", weights_only=True)
+        kinds = sorted(type(callback).__name__ for callback in runner.callbacks)
+        groups = [(group["lr"], group["initial_lr"]) for group in runner.optimizers[0].param_groups]
+        said.append((set(content), kinds, groups, content.get("classes"), set(content.get("metrics", ()))))
+    assert said[0] == said[1]
+    assert model.guard is None or model.guard in runner.callbacks
+    runner = trainer(tmp_path, max_epochs=3)
+    runner.fit(model, DataLoader(samples(name), batch_size=4), ckpt_path=tmp_path / "own.ckpt")
+    assert runner.global_step == 9
+
+
 # Checkpoints of other models
 
 

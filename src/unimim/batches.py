@@ -159,11 +159,14 @@ def check_pixels(images: Tensor, kind: torch.dtype | None = None) -> None:
         rank_zero_warn(f"no pixel of the first batch is brighter than {high:.4g} of [0, 1]: are they divided by 255 twice?")
 
 
-def check_classes(classes: int, expected: int, who: str) -> None:
+def check_classes(data: Any, expected: int, task: str, who: str) -> None:
     """
     Raises:
-        ValueError: the data has one class, or another number than `who` tells apart.
+        ValueError: a data module has no labels, which the task needs; one class, or another number than `who` tells apart.
     """
+    if getattr(data, "labelled", True) is False:
+        raise UserError(f"{task} needs labels, and {type(data).__name__} gives none: set data.labelled to true")
+    classes = len(getattr(data, "classes", []))
     if classes == 1:
         raise UserError("the data has 1 class, so that there is nothing to tell apart: give it images of 2 or more")
     if classes not in (0, expected):  # 0: it does not say

@@ -6,28 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from unimim.backbones import check_image_size, check_timm_model, checkpoint_activations, create_backbone, uncompiled
-from unimim.batches import check_classes, check_images, check_labelled, images_in
-from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.backbones import check_image_size, checkpoint_activations
+from unimim.batches import images_in
 from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.interfaces import RGB
-from unimim.launching import check_processes, step_in_words
-from unimim.optim import check_rates, check_warmup, fitting_lr, fused_adamw, layer_decay_groups, schedule
-from unimim.randomness import accumulated
-from unimim.sharding import gather, scatter, shard
-from unimim.task import Task
+from unimim.optim import check_rates, check_warmup, fused_adamw, layer_decay_groups, schedule
+from unimim.sharding import shard
+from unimim.supervised import Supervised
 from unimim.written import naming, whole
 
 
-class FineTuning(Task):
+class FineTuning(Supervised):
     """Cross-entropy on the logits of a timm classifier, with a lower learning rate for lower layers.
 
     The recipe's defaults here are plain; `conf/finetune` has the published ones. A subclass overrides what it wants otherwise:
@@ -66,8 +62,7 @@ class FineTuning(Task):
         ValueError: the backbone is no timm model or has no classifier, a number is out of its range; and as `load_backbone`.
     """
 
-    mean: Tensor
-    std: Tensor
+    name_of_task, name_of_classifier = "fine-tuning", "classifier"
 
     metrics: tuple[str, ...] = ("train/loss", "val/acc1", "val/acc5")
     """The names of all that is logged."""
@@ -118,32 +113,16 @@ class FineTuning(Task):
                 f"probability; got {layer_decay}, {head_init_scale}, {mixup}, {cutmix}, {erasing}"
             )
         self.guard = SkipNonFinite(max_skipped_updates)
-        self.checkpoint = self.pretrained_from = checkpoint
-        self.backbone: Any = backbone
-        if backbone is None:  # it has a default so that a checkpoint of fine-tuning can say it on the command line
-            raise UserError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
-        if isinstance(backbone, str):
-            given: dict[str, Any] = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
-            if checkpoint is None:
-                self.backbone = create_backbone(backbone, given)
-            else:
-                self.backbone = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **given)
-                given = self.backbone.load_report.backbone["model_args"]  # with those it was pretrained with
-            self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
-        elif checkpoint is not None or model_args is not None:
-            raise UserError("model.checkpoint and model.model_args are for a backbone given by its name")
-        check_timm_model("model.backbone", self.backbone)
-        self.backbone = uncompiled(self.backbone)
-        classes = int(self.backbone.num_classes)
+        given = {"global_pool": "avg", **(model_args or {}), "num_classes": num_classes}
+        self.backbone: Any = self.start_from(backbone, checkpoint, checkpoint_key, mean, std, model_args, given)
+        self.num_classes = classes = int(self.backbone.num_classes)
         if classes < 2 or not self.backbone.global_pool:
             raise UserError(
                 "fine-tuning needs a backbone with a classifier of 2 or more: make it with num_classes and global_pool"
             )
         if checkpointing:
             checkpoint_activations(self.backbone)
-        config = self.backbone.pretrained_cfg
         self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
-        self.lr_scale = 1.0
         self.betas, self.weight_decay = betas, weight_decay
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
         report = getattr(self.backbone, "load_report", None)
@@ -157,9 +136,6 @@ class FineTuning(Task):
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mix else label_smoothing)  # Mixup smooths by itself
         self.acc1 = MulticlassAccuracy(classes, average="micro")
         self.acc5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
-        self.classes: list[str] = []
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
     # Its steps
 
@@ -169,14 +145,10 @@ class FineTuning(Task):
         return logits
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
-
-        Raises:
-            ValueError: the images are not of the size that the backbone was built for; and as `check_images`.
-        """
-        check_images(images)
+        """As `Supervised.normalize`, [b 3 H W] -> [b 3 H W]; refuses images of another size than the backbone was built for."""
+        normalized = super().normalize(images)
         check_image_size(self.backbone, images)
-        return (images - self.mean) / self.std
+        return normalized
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """(images [b 3 H W] in [0, 1], labels [b]) -> the loss."""
@@ -225,12 +197,6 @@ class FineTuning(Task):
         top: tuple[Tensor, Tensor] = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
         return top
 
-    def on_validation_epoch_start(self) -> None:
-        gather(self)
-
-    def on_validation_epoch_end(self) -> None:
-        scatter(self)
-
     # Its optimization
 
     def configure_model(self) -> None:
@@ -244,77 +210,20 @@ class FineTuning(Task):
         optimizer = fused_adamw(groups, lr, self.betas)
         return schedule(optimizer, self.trainer, self.warmup_epochs, warmup_lr, min_lr)
 
-    def check_batch(self, batch: Any) -> None:
-        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
-
-        Raises:
-            ValueError: it is not (images, labels), or the labels are of no class.
-        """
-        check_labelled(batch, int(self.backbone.num_classes), axes=1, ignored=-100, predicting=self.trainer.predicting)
-
-    def setup(self, stage: str) -> None:
-        """Takes the names of the classes from the data, and the learning rate that fits the batch.
-
-        Raises:
-            ValueError: the data has another number of classes; an odd batch, which cannot be mixed; and as `check_processes`.
-        """
-        super().setup(stage)
-        check_processes(self.trainer)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "predict" or data is None:
-            return
-        if getattr(data, "labelled", True) is False:
-            raise UserError(f"fine-tuning needs labels, and {type(data).__name__} gives none: set data.labelled to true")
-        self.classes = list(getattr(data, "classes", self.classes))
-        check_classes(len(self.classes), int(self.backbone.num_classes), "classifier")
-        batch = getattr(data, "batch_size", None)
-        if stage != "fit" or batch is None:
-            return
-        if self.mix is not None and batch % 2:
-            raise UserError(f"data.batch_size is {batch}, but mixup and cutmix mix pairs: make it even")
-        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
-        self.lr_scale = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr) / self.lr
+    def check_batch_size(self, size: int) -> None:
+        """Refuses an odd number of images where they are mixed."""
+        if self.mix is not None and size % 2:
+            raise UserError(f"data.batch_size is {size}, but mixup and cutmix mix pairs: make it even")
 
     def on_fit_start(self) -> None:
-        """Says the effective values of a step.
+        """Looks at the size of the last batch, where the loader knows how many images it has."""
+        loader: Any = self.trainer.train_dataloader
+        counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        if counted and loader.batch_size and not loader.drop_last and self.trainer.num_training_batches == len(loader):
+            self.check_even(len(loader.sampler) % loader.batch_size)
+        super().on_fit_start()
 
-        Raises:
-            ValueError: as `check_even`, of the last batch, where the loader knows how many images it has.
-        """
-        trainer: Any = self.trainer
-        loader = trainer.train_dataloader
-        if batch := getattr(loader, "batch_size", None):
-            counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-            if counted and not loader.drop_last and trainer.num_training_batches == len(loader):
-                self.check_even(len(loader.sampler) % batch)
-            rank_zero_info(step_in_words(trainer, batch, self.lr * self.lr_scale))
-
-    def on_train_start(self) -> None:
-        """Says so where nothing pretrained is fine-tuned. (Under FSDP2 the checkpoint of a resumed run is not known before.)"""
-        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and self.trainer.ckpt_path is None:
-            rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
-
-    # What it keeps
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` needs, the names of the classes, and the last metrics; what is not finite is not saved."""
-        super().on_save_checkpoint(checkpoint)
-        described = describe_network(self.backbone, self.hparams, self.mean, self.std)
-        if described is not None:
-            checkpoint["backbone"] = described
-        checkpoint["classes"] = self.classes
-        checkpoint["pretrained_from"] = self.pretrained_from
-        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes from it, and where its training began.
-
-        Raises:
-            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
-        """
-        super().on_load_checkpoint(checkpoint)
-        self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
-        self.pretrained_from = checkpoint.get("pretrained_from")
+    # Its predictions
 
     def write_predictions(
         self, files: list[Path], batches: list[tuple[Tensor, Tensor]], destination: Path, unreadable: list[bool]
@@ -341,12 +250,12 @@ class FineTuning(Task):
         ):
             writer = csv.writer(opened)
             writer.writerow(header)
+            names = self.names_of_classes()
             rows = zip(torch.cat([p for p, _ in batches]).tolist(), torch.cat([i for _, i in batches]).tolist(), strict=True)
             for file, skipped, (probabilities, labels) in zip(files, unreadable, rows, strict=False):
                 if skipped:
                     continue
-                names = [self.classes[label] if self.classes else str(label) for label in labels]
-                pairs = [value for name, p in zip(names, probabilities, strict=True) for value in (name, f"{p:.6f}")]
-                writer.writerow([str(file), *pairs])
+                pairs = zip(labels, probabilities, strict=True)
+                writer.writerow([str(file), *(value for label, p in pairs for value in (names[label], f"{p:.6f}"))])
                 written += 1
         return written

@@ -259,18 +259,6 @@ def warmup_poly(
     return LambdaLR(optimizer, factor)
 
 
-def poly_schedule(
-    optimizer: Optimizer, trainer: pl.Trainer, warmup_steps: int, warmup_ratio: float, power: float
-) -> dict[str, Any]:
-    """What `configure_optimizers` returns: the optimizer, and `warmup_poly` over all steps of this training.
-
-    Raises:
-        ValueError: the training has no end.
-    """
-    scheduler = warmup_poly(optimizer, warmup_steps, optimizer_steps(trainer), warmup_ratio, power)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
 def optimizer_steps(trainer: pl.Trainer) -> int:
     """All steps of this training, as `all_steps`.
 

@@ -22,7 +22,6 @@ from unimim.checkpoint import load_backbone
 from unimim.cpu import faster_on_cpu
 from unimim.errors import NotFiniteError, UserError
 from unimim.interfaces import RGB, Frozen, check_positive
-from unimim.launching import check_processes
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
 from unimim.task import Task
 from unimim.waiting import may_wait
@@ -222,9 +221,8 @@ class Probe(Task, ABC):
         """
         Raises:
             ValueError: the data has no labels, or another number of classes; several rates in fp16; a strategy that shards;
-                and as `check_processes`.
+                and as `Task.setup`.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.precision == "16-mixed" and len(self.lrs) > 1:
             raise UserError(
                 f"trainer.precision {self.trainer.precision} skips a step for all rates when one overflows, so none would be "
@@ -236,10 +234,7 @@ class Probe(Task, ABC):
                 f"{type(self.trainer.strategy).__name__}, set it to ddp (conf/trainer/ddp.yaml in place of fsdp2.yaml)"
             )
         super().setup(stage)
-        check_processes(self.trainer)
-        if getattr(data, "labelled", True) is False:
-            raise UserError(f"a probe needs labels, and {type(data).__name__} gives none: set data.labelled to true")
-        check_classes(len(getattr(data, "classes", [])), self.num_classes, "probe")
+        check_classes(getattr(self.trainer, "datamodule", None), self.num_classes, "a probe", "probe")
 
     @abstractmethod
     def inputs(self, tokens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -15,21 +15,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from unimim.backbones import check_timm_model, create_backbone, timm_model, uncompiled
-from unimim.batches import check_classes, check_images, check_labelled, images_in
-from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
+from unimim.backbones import timm_model
+from unimim.batches import images_in
 from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.fitting import by
 from unimim.interfaces import IGNORED, RGB, Grid
-from unimim.launching import check_processes, step_in_words
 from unimim.lightning import layer_sync, leave_out_layer_sync
-from unimim.optim import check_rates, fitting_lr, fused_adamw, layer_decay_groups, parameter_groups, poly_schedule
+from unimim.optim import check_rates, fused_adamw, layer_decay_groups, optimizer_steps, parameter_groups, warmup_poly
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
-from unimim.randomness import accumulated
-from unimim.sharding import gather, scatter, shard
-from unimim.task import Task
+from unimim.sharding import shard
+from unimim.supervised import Supervised
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged
 from unimim.written import naming, whole
 
@@ -39,7 +36,7 @@ KEPT_SIZES = 2
 """Of whole images, for which a resized backbone is kept."""
 
 
-class UperNetSegmentation(Task):
+class UperNetSegmentation(Supervised):
     """Cross-entropy on every pixel's logits of UperNet, with a lower learning rate for lower layers of the backbone.
 
     The recipe's defaults are BEiT v2's for a ViT-B on ADE20K. In a validation and on a photo, a backbone that was built for one
@@ -90,8 +87,8 @@ class UperNetSegmentation(Task):
             is out of its range; and as `load_backbone`.
     """
 
-    mean: Tensor
-    std: Tensor
+    name_of_task, name_of_classifier = "segmentation", "head"
+    where_backbone, label_axes, ignored_label = "pyramid.backbone", 3, IGNORED
 
     def __init__(
         self,
@@ -146,25 +143,9 @@ class UperNetSegmentation(Task):
         if not scales or min(scales) <= 0:
             raise UserError(f"model.scales are one or more factors above 0, got {list(scales)}")
         self.guard = SkipNonFinite(max_skipped_updates)
-        self.checkpoint = self.pretrained_from = checkpoint
-        network: Any = backbone
-        told = crop_size
-        if backbone is None:  # it has a default so that a checkpoint of segmentation can say it on the command line
-            raise UserError("model.backbone is missing: a timm name, such as vit_base_patch16_224, or a timm model")
-        if isinstance(backbone, str):
-            given: dict[str, Any] = {**(model_args or {}), "num_classes": 0, "global_pool": ""}
-            if checkpoint is None:
-                network = create_backbone(backbone, given)
-            else:
-                network = load_backbone(checkpoint, backbone, True, checkpoint_key, mean, std, **given)
-                given = network.load_report.backbone["model_args"]  # with those it was pretrained with
-            told = given.get("img_size")
-            self.hparams.update({"model_args": given, "checkpoint": None})  # so that its own checkpoint needs no other file
-        elif checkpoint is not None or model_args is not None:
-            raise UserError("model.checkpoint and model.model_args are for a backbone given by its name")
-        check_timm_model("model.backbone", network)
-        network = uncompiled(network)
-        config = network.pretrained_cfg
+        given = {**(model_args or {}), "num_classes": 0, "global_pool": ""}
+        network = self.start_from(backbone, checkpoint, checkpoint_key, mean, std, model_args, given)
+        told = self.hparams["model_args"].get("img_size") if isinstance(backbone, str) else crop_size
         self.pyramid = FeaturePyramid(network, blocks, checkpointing)
         self.head = UperNetHead(self.pyramid.channels, channels, num_classes, dropout)
         self.auxiliary_head = (
@@ -174,7 +155,6 @@ class UperNetSegmentation(Task):
         )
         self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
         self.lr, self.recipe_batch, self.scale_lr, self.layer_decay = lr, recipe_batch, scale_lr, layer_decay
-        self.peak_lr = lr
         self.betas, self.weight_decay = betas, weight_decay
         self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
         self.inference, self.scales, self.flip = inference, tuple(scales), flip
@@ -184,12 +164,9 @@ class UperNetSegmentation(Task):
         if any(not 0 < step <= side for step, side in zip(self.stride, self.crop_size, strict=True)):
             raise UserError(f"model.stride is within 1 to crop_size {by(self.crop_size)}, got {by(self.stride)}")
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
-        self.classes: list[str] = []
         self.sides: tuple[int, int] | None = None
         self.iou = torch.full((num_classes,), math.nan)
         self.resized: dict[Grid, tuple[FeaturePyramid, dict[str, Tensor]]] = {}
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
     # Its training
 
@@ -219,15 +196,6 @@ class UperNetSegmentation(Task):
         logits = enlarged(logits.float(), labels.shape[-2:])
         total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return total / (labels != IGNORED).sum().clamp(min=1)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`.
-
-        Raises:
-            ValueError: as `check_images`.
-        """
-        check_images(images)
-        return (images - self.mean) / self.std
 
     def on_train_epoch_end(self) -> None:
         """Lets data that skips unreadable files say how many."""
@@ -360,7 +328,7 @@ class UperNetSegmentation(Task):
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.reset()
-        gather(self)
+        super().on_validation_epoch_start()
 
     def on_validation_epoch_end(self) -> None:
         """mIoU, mAcc and aAcc from one confusion matrix of all pixels that count, of all processes.
@@ -368,12 +336,12 @@ class UperNetSegmentation(Task):
         A class that is neither in the labels nor predicted is left out of mIoU, one that is not in the labels of mAcc: as
         mmsegmentation does. Where a class is called background, there is also the mIoU of the others.
         """
-        scatter(self)
+        super().on_validation_epoch_end()
         confusion = self.confusion.compute()  # [label, prediction]
         right, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         self.iou = right / (labelled + predicted - right)
         accuracy = right / labelled
-        names = self.classes or [str(label) for label in range(self.num_classes)]
+        names = self.names_of_classes()
         means = {"miou": self.iou.nanmean(), "macc": accuracy.nanmean(), "aacc": right.sum() / labelled.sum()}
         if "background" in names:
             foreground = [label for label, name in enumerate(names) if name != "background"]
@@ -417,8 +385,7 @@ class UperNetSegmentation(Task):
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        names = self.classes or [str(label) for label in range(self.num_classes)]
-        pictures = {"overlay": overlay(image, labels, names), "labels": label_picture(labels)}
+        pictures = {"overlay": overlay(image, labels, self.names_of_classes()), "labels": label_picture(labels)}
         for what, picture in pictures.items():
             file = Path(f"{destination}_{what}.png")
             with naming(file, "make room, or give another --output"), whole(file) as part, part.open("wb") as opened:
@@ -428,53 +395,32 @@ class UperNetSegmentation(Task):
 
     def configure_model(self) -> None:
         """Shards pyramid and heads where the strategy asks for it."""
-        shard(self, [self.pyramid, self.head, *([self.auxiliary_head] if self.auxiliary_head is not None else [])])
+        shard(self, [part for part in (self.pyramid, self.head, self.auxiliary_head) if part is not None])
 
     def configure_optimizers(self) -> Any:
         """AdamW: the backbone in groups by layer, the rest at the full rate; with warm-up and poly per step."""
         groups = layer_decay_groups(self.pyramid.backbone, self.peak_lr, self.weight_decay, self.layer_decay)
-        added = [self.pyramid.levels, self.head, *([self.auxiliary_head] if self.auxiliary_head is not None else [])]
+        added: list[nn.Module] = [part for part in (self.pyramid.levels, self.head, self.auxiliary_head) if part is not None]
         for group in parameter_groups(added, self.weight_decay):
             name = "heads" if group["weight_decay"] else "heads_no_decay"
             groups.append({**group, "name": name, "lr": self.peak_lr})
         optimizer = fused_adamw(groups, self.peak_lr, self.betas)
-        return poly_schedule(optimizer, self.trainer, self.warmup_steps, self.warmup_ratio, self.power)
+        steps = optimizer_steps(self.trainer)
+        scheduler = warmup_poly(optimizer, self.warmup_steps, steps, self.warmup_ratio, self.power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def check_batch(self, batch: Any) -> None:
-        """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
-
-        Raises:
-            ValueError: it is not (images, labels), or the labels are of no class.
-        """
-        check_labelled(batch, self.num_classes, axes=3, ignored=IGNORED, predicting=self.trainer.predicting)
-
-    def setup(self, stage: str) -> None:
-        """Takes the names of the classes and the size of photos from the data, and the learning rate that fits the batch.
-
-        Raises:
-            ValueError: the data has no labels, or another number of classes; a batch of one image, which batch norm cannot
-                train on; and as `check_processes`.
-        """
-        super().setup(stage)
-        check_processes(self.trainer)
-        synchronised = self.synchronise() if stage == "fit" else False
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.sides = getattr(data, "resize", None)
-        if stage == "predict" or data is None:
-            return
-        if getattr(data, "labelled", True) is False:
-            raise UserError(f"segmentation needs labels, and {type(data).__name__} gives none: set data.labelled to true")
-        self.classes = list(getattr(data, "classes", self.classes))
-        check_classes(len(self.classes), self.num_classes, "head")
-        batch = getattr(data, "batch_size", None)
-        if stage != "fit" or batch is None:
-            return
-        if batch == 1 and not synchronised:
+    def check_batch_size(self, size: int) -> None:
+        """Refuses a single image, which batch norm cannot train on."""
+        if size == 1 and not self.synchronised:
             raise UserError(
                 "data.batch_size is 1, but UperNet's pool of 1x1 of one image cannot be batch-normalized: set it to at least 2"
             )
-        total = batch * self.trainer.world_size * accumulated(self.trainer, 0)
-        self.peak_lr = fitting_lr(self.lr, total, self.recipe_batch, self.scale_lr)
+
+    def setup(self, stage: str) -> None:
+        """Takes the size of photos from the data, beside what `Supervised` takes."""
+        self.synchronised = stage == "fit" and self.synchronise()
+        self.sides = getattr(getattr(self.trainer, "datamodule", None), "resize", None)
+        super().setup(stage)
 
     def synchronise(self) -> bool:
         """Whether batch norms see the images of all processes (`trainer.sync_batchnorm`); torch's cannot on a CPU."""
@@ -485,39 +431,6 @@ class UperNetSegmentation(Task):
             leave_out_layer_sync(strategy)
             return False
         return asked
-
-    def on_fit_start(self) -> None:
-        """Says the effective values of a step."""
-        trainer: Any = self.trainer
-        if batch := getattr(trainer.train_dataloader, "batch_size", None):
-            rank_zero_info(step_in_words(trainer, batch, self.peak_lr))
-
-    def on_train_start(self) -> None:
-        """Says so where nothing pretrained is trained on. (Under FSDP2 the checkpoint of a resumed run is not known before.)"""
-        if isinstance(self.hparams.get("backbone"), str) and self.checkpoint is None and self.trainer.ckpt_path is None:
-            rank_zero_info(f"no model.checkpoint: {self.hparams['backbone']} is trained from scratch")
-
-    # What it keeps
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which backbone it has, the names of the classes, and the last metrics; what is not finite is not saved."""
-        super().on_save_checkpoint(checkpoint)
-        described = describe_network(self.pyramid.backbone, self.hparams, self.mean, self.std)
-        if described is not None:
-            checkpoint["backbone"] = described
-        checkpoint["classes"] = self.classes
-        checkpoint["pretrained_from"] = self.pretrained_from
-        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes from it, and where its training began.
-
-        Raises:
-            ValueError: the data has other classes than the checkpoint; and as `check_resumed`.
-        """
-        super().on_load_checkpoint(checkpoint)
-        self.classes = agreeing_classes(self.classes, list(checkpoint.get("classes", [])))
-        self.pretrained_from = checkpoint.get("pretrained_from")
 
 
 def window_size(backbone: Any, given: int | Grid | None, built: Grid | None) -> Grid:

@@ -28,7 +28,7 @@ from unimim.files import (
     read_pickle,
     refusal,
 )
-from unimim.launching import check_callbacks, check_resumed
+from unimim.launching import check_callbacks, check_processes, check_resumed
 from unimim.lightning import saved_device, task_from, trainer_of
 from unimim.randomness import exact_resume
 from unimim.waiting import may_wait
@@ -113,7 +113,12 @@ class Task(pl.LightningModule):
         return [*guard, *exact_resume(self.trainer), *checked(self.trainer)]
 
     def setup(self, stage: str) -> None:
-        """Lets the Trainer's strategy verify a checkpoint before it reads it, whichever strategy it is."""
+        """Checks the processes, and lets the Trainer's strategy verify a checkpoint before it reads it, whichever it is.
+
+        Raises:
+            ValueError: as `check_processes`.
+        """
+        check_processes(self.trainer)
         strategy: Any = self.trainer.strategy
         if not isinstance(strategy.load_checkpoint, functools.partial):
             strategy.load_checkpoint = functools.partial(verified, strategy.load_checkpoint)
@@ -134,9 +139,10 @@ class Task(pl.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to save what is not finite, where the task has a guard."""
+        """Adds the last metrics; refuses to save what is not finite, where the task has a guard."""
         if self.guard is not None:
             self.guard.check_saved(self.trainer, checkpoint)
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes out of the state of callbacks the files that ModelCheckpoint would remove, and that are not in its folder.
