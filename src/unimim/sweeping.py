@@ -340,37 +340,23 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """The metric against the ratio, or else the first number that varies: a line for each choice of the rest.
-
-    A dot is a trial, a bar goes from the lowest to the highest seed.
-    """
+    """Draws the metric against the first parameter that is a number, a line for each choice of the others."""
     from matplotlib.figure import Figure
 
     rows = [row for row in results["points"] if row["values"]]
     names = list(results["points"][0]["point"])
     numeric = [name for name in names if all(isinstance(row["point"][name], (int, float)) for row in rows)]
-    x = "model.masking.ratio" if "model.masking.ratio" in numeric else next(iter(numeric or names), "")
+    x = next(iter(numeric or names), "")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["point"][x]) if numeric else rows:
+        lines.setdefault(in_words({name: value for name, value in row["point"].items() if name != x}), []).append(row)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(in_words({name: value for name, value in row["point"].items() if name != x}), []).append(row)
     for label, line in lines.items():
-        ordered = sorted(line, key=lambda row: row["point"][x]) if x in numeric else line
-        places = [row["point"][x] if x in numeric else short(row["point"].get(x, "")) for row in ordered]
-        bars = axes.errorbar(
-            places,
-            [row["mean"] for row in ordered],
-            ([row["mean"] - min(row["values"]) for row in ordered], [max(row["values"]) - row["mean"] for row in ordered]),
-            marker="o",
-            capsize=3,
-            label=label,
-        )
-        dots = [(place, value) for place, row in zip(places, ordered, strict=True) for value in row["values"]]
-        across, up = [place for place, _ in dots], [value for _, value in dots]
-        axes.scatter(across, up, s=12, color=bars[0].get_color(), alpha=0.5, linewidths=0)
+        places = [row["point"][x] if numeric else short(row["point"].get(x, "")) for row in line]
+        means, spreads = [row["mean"] for row in line], [row["spread"] for row in line]
+        axes.errorbar(places, means, spreads, marker="o", capsize=3, label=label)
     axes.set(xlabel=x, ylabel=results["metric"]["name"])
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     if any(lines):
         axes.legend(frameon=False)
