@@ -1,5 +1,6 @@
 """What the documentation says is so: links and anchors exist, commands are understood, public names are documented."""
 
+import ast
 import inspect
 import os
 import re
@@ -226,6 +227,73 @@ def test_a_forward_says_its_shapes(name: str) -> None:
     """In brackets and the letters of interfaces.py, before and behind an arrow."""
     thing = getattr(unimim, name)
     assert re.search(r"\[[^]]*\].* -> .*\[[^]]*\]", f"{thing.__doc__}\n{inspect.getdoc(thing.forward)}")
+
+
+# Docstrings
+
+NO_SENTENCE = re.compile(
+    r"^(About|After|Among|As|At|Before|Behind|Beside|Between|By|For|From|How|If|In|Into|Of|On|Over|Raises|Through|To|Under|What|"
+    r"When|Where|Whether|Which|Who|Whose|Why|With|Within|Without|Those)\b"
+)
+
+
+def docstrings_without_a_sentence(source: str) -> list[str]:
+    """First lines that start with a preposition or such a word, or are a section alone."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return [text.split("\n")[0] for text in texts if NO_SENTENCE.match(text)]
+
+
+SOURCE = ROOT / "src" / "unimim"
+# For a time: files whose docstrings are still to be rewritten. Take a file out when it is done.
+NOT_YET_REWRITTEN = {
+    "backbones.py",
+    "batches.py",
+    "callbacks.py",
+    "checkpoint.py",
+    "commands.py",
+    "data/crops.py",
+    "data/folder.py",
+    "data/listing.py",
+    "data/photos.py",
+    "data/scenes.py",
+    "data/segmentation_transforms.py",
+    "faults.py",
+    "files.py",
+    "finetuning.py",
+    "fitting.py",
+    "heads.py",
+    "initialization.py",
+    "interfaces.py",
+    "launching.py",
+    "masking.py",
+    "monitoring.py",
+    "optim.py",
+    "pictures.py",
+    "pretraining.py",
+    "probing.py",
+    "saving.py",
+    "segmentation.py",
+    "selection.py",
+    "sharding.py",
+    "students.py",
+    "sweeping.py",
+    "target_files.py",
+    "targets/ema.py",
+    "targets/features.py",
+    "targets/hog.py",
+    "targets/pixels.py",
+    "upernet.py",
+    "waiting.py",
+    "written.py",
+}
+
+
+def test_the_first_line_of_a_docstring_is_a_sentence() -> None:
+    """It says what a thing is or does, to a reader of English as a second language."""
+    found = {str(path.relative_to(SOURCE)): docstrings_without_a_sentence(path.read_text()) for path in SOURCE.rglob("*.py")}
+    assert not {file: lines for file, lines in found.items() if lines and file not in NOT_YET_REWRITTEN}
+    assert set(found) >= NOT_YET_REWRITTEN
 
 
 # The site

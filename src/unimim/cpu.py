@@ -1,4 +1,4 @@
-"""A precision plugin for CPUs: steps in float32 keep less for their backward pass, and multiply faster."""
+"""Provides a precision plugin for CPUs: float32 steps keep less memory for the backward pass, and multiply faster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,25 +17,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDE = 2**18
-"""Weights of a linear layer from which on it pays: a narrower one is slower by oneDNN, and so is making its input again."""
+"""Least number of weights of a linear layer: with fewer, oneDNN is slower, and so is computing the input again."""
 WIDE_BY_ONEDNN = 2**14
-"""The same where oneDNN multiplies all."""
+"""The same if oneDNN does all multiplications."""
 PIECE = 2**19
-"""Numbers of an attention map on which the backward pass of an attention works at a time, so that they stay in a cache."""
+"""Size of the part of an attention map that the backward pass handles at once, so that it fits into the CPU's cache."""
 
 
 class CPUPrecision(Precision):
     """Lets every step of a training, validation, test and prediction in float32 take less memory and time on a CPU.
 
-    Lightning enters its contexts around every step, so a subclass's own `training_step` is faster too. The command line takes
-    it on a CPU where no other precision is given; in Python it is `Trainer(plugins=[CPUPrecision()])`. What it computes
-    otherwise, and for which modules it does nothing, is said in `faster_on_cpu`.
+    Lightning enters its contexts around every step, so a subclass's own `training_step` is faster too. The command line uses
+    it on a CPU if no other precision is given; in Python it is `Trainer(plugins=[CPUPrecision()])`. `faster_on_cpu` explains
+    what it computes differently, and for which modules it does nothing.
     """
 
     module: nn.Module | None = None
 
     def connect(self, model: nn.Module, optimizers: Any, lr_schedulers: Any) -> tuple[nn.Module, Any, Any]:
-        """Takes the model whose steps these are."""
+        """Stores the model whose steps run."""
         self.module = model
         return model, optimizers, lr_schedulers
 
@@ -46,27 +46,27 @@ class CPUPrecision(Precision):
 
 
 def choose_cpu_precision(trainer: pl.Trainer) -> None:
-    """Gives a Trainer that computes on a CPU in float32 `CPUPrecision`; any other precision, or plugin for it, stays."""
+    """Sets `CPUPrecision` in a Trainer that computes in float32 on a CPU; keeps any other precision or precision plugin."""
     strategy = trainer.strategy
     if strategy.root_device.type == "cpu" and type(strategy.precision_plugin) is Precision:
         strategy.precision_plugin = CPUPrecision()
 
 
 def faster_on_cpu(module: nn.Module) -> AbstractContextManager[Any]:
-    """Within it what the module computes takes less memory and time on a CPU; elsewhere nothing is different.
+    """Returns a context in which a module needs less memory and time on a CPU; it does nothing on other devices.
 
-    No module is touched: layers of timm or of a user, and hooks between them, run as they are written, and some of what torch
-    computes for them in float32 is computed otherwise, with the same gradients. Values differ in the last digits.
+    No module is changed: layers of timm or of a user, and hooks between them, run as they are written. Some of torch's float32
+    operations are computed in another way, with the same gradients. Values differ in the last digits.
 
-    - A wide linear layer is multiplied by oneDNN or by MKL, whichever is quicker on the processor. It does not keep an input
-      that is cheap to make again: a layer norm's or a GELU's.
-    - A layer scale behind a linear layer does not keep what it scales. (Who asks for the gradient of that, once it is scaled,
-      finds that nothing came of it.)
-    - Attention with a bias that learns is the fused kernel, which torch has for one that does not.
+    - A wide linear layer is multiplied by oneDNN or by MKL, whichever is faster on the processor. It does not keep an input
+      that is cheap to compute again: the output of a layer norm or a GELU.
+    - A layer scale after a linear layer does not keep its input. (After the scaling, the gradient of that input cannot be
+      had.)
+    - Attention with a trainable bias uses the fused kernel, which torch itself uses only for a bias without a gradient.
 
-    What is made within it is differentiated once, backwards: twice, forwards or by `torch.func` is an error. Without a gradient
-    only the multiplications are others. A module goes without if its parameters are not on a CPU, or if parts of it are
-    compiled, sharded by FSDP2, or compute their activations again.
+    Results can be differentiated once, backwards: a second derivative, forward mode and `torch.func` raise an error. Without a
+    gradient only the multiplications differ. The context does nothing if the module's parameters are not on a CPU, or if parts
+    of it are compiled, sharded by FSDP2, or checkpoint their activations.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
     has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
@@ -74,14 +74,14 @@ def faster_on_cpu(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def differs(module: Any) -> bool:
-    """Whether a module is compiled, sharded, or computes again (timm's `grad_checkpointing`, our `checkpointing`)."""
+    """Returns whether a module is compiled, sharded, or checkpoints (timm's `grad_checkpointing`, our `checkpointing`)."""
     again = getattr(module, "grad_checkpointing", False) or getattr(module, "checkpointing", False)
     compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     return again or compiled or isinstance(module, FSDPModule)
 
 
 class Made(NamedTuple):
-    """How a tensor was made: `by(*of)` makes it again; `version` tells whether it was changed in place since."""
+    """Records how to make a tensor again, `by(*of)`; `version` shows whether it was changed in place since."""
 
     by: Callable[..., Tensor]
     of: tuple[Tensor, ...]
@@ -89,7 +89,7 @@ class Made(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a linear layer gave and was given, the versions of these, and the layer with a scale, `scaled(scale, result)`."""
+    """Records a linear layer's result and inputs, their versions, and the layer with a scale, `scaled(scale, result)`."""
 
     result: Tensor
     given: tuple[Tensor, ...]
@@ -97,19 +97,19 @@ class Layer(NamedTuple):
     scaled: Callable[[Tensor, Tensor], Tensor]
 
     def is_untouched(self) -> bool:
-        """Whether nothing was changed in place since, and no one waits for the result's gradient."""
+        """Returns whether nothing was changed in place since, and nothing uses the result's gradient (hooks, retain_grad)."""
         same = self.versions == [tensor._version for tensor in (self.result, *self.given)]
         return same and not self.result._backward_hooks and not self.result.retains_grad
 
 
 class FasterOnCPU(TorchFunctionMode):
-    """Computes as `faster_on_cpu` says."""
+    """Replaces torch functions as described in `faster_on_cpu`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: Any = WeakTensorKeyDictionary()
         self.latest: Layer | None = None
-        """The last linear layer, until there is another: a layer scale may follow."""
+        """The last linear layer: a layer scale may follow it."""
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -129,12 +129,12 @@ class FasterOnCPU(TorchFunctionMode):
         super().__exit__(*args)
 
     def remember(self, tensor: Tensor, by: Callable[..., Tensor], of: tuple[Tensor, ...]) -> None:
-        """For `how`, where a gradient is wanted."""
+        """Stores for `how` how a tensor was made, if it needs a gradient."""
         if tensor.requires_grad:
             self.made[tensor] = Made(by, of, tensor._version)
 
     def how(self, tensor: Tensor) -> Made | None:
-        """How the tensor was made, where that is cheap and still true."""
+        """Returns how the tensor was made, if this is known and it was not changed in place since."""
         made: Made | None = self.made.get(tensor)
         return made if made is not None and made.version == tensor._version else None
 
@@ -146,7 +146,7 @@ class FasterOnCPU(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        """torch's, and how it was made."""
+        """Computes torch's function, and remembers how the result was made."""
 
         def again(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -157,7 +157,7 @@ class FasterOnCPU(TorchFunctionMode):
         return result
 
     def gelu(self, input: Tensor, approximate: str = "none") -> Tensor:
-        """torch's, and how it was made."""
+        """Computes torch's function, and remembers how the result was made."""
         again = partial(F.gelu, approximate=approximate)
         result = again(input)
         self.remember(result, again, (input,))
@@ -186,7 +186,7 @@ class FasterOnCPU(TorchFunctionMode):
         return result
 
     def mul(self, input: Any, other: Any) -> Tensor | None:
-        """A layer scale, [d], of what the last linear layer gave, [... d], in either order."""
+        """Multiplies the last linear layer's result, [... d], by a layer scale, [d], in either order."""
         latest = self.latest
         if latest is None or (input is not latest.result and other is not latest.result):
             return None
@@ -233,42 +233,42 @@ REPLACED: dict[Any, Callable[..., Tensor | None]] = {
 
 
 def computes_again() -> bool:
-    """Whether what runs is within `torch.utils.checkpoint`, which wants the same tensors kept when it runs again."""
+    """Returns whether `torch.utils.checkpoint` is active, which needs the same tensors to be kept in its second run."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def is_plain(*tensors: Any) -> bool:
-    """Whether all are float32 on a CPU and no subclasses, outside of autocast; None is."""
+    """Returns whether all are None or float32 on a CPU and no subclasses, and autocast is off."""
     types = (Tensor, nn.Parameter, type(None))
     fitting = all(type(t) in types and (t is None or (t.dtype == torch.float32 and t.device.type == "cpu")) for t in tensors)
     return fitting and not torch.is_autocast_enabled("cpu")
 
 
 def learns(*tensors: Tensor | None) -> bool:
-    """Whether a gradient has to reach one of them."""
+    """Returns whether one of the tensors needs a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @cache
 def is_intel() -> bool:
-    """Whether Linux says that the processor is Intel's."""
+    """Returns whether Linux reports an Intel processor."""
     said = Path("/proc/cpuinfo")
     return said.exists() and "GenuineIntel" in said.read_text()
 
 
 def by_onednn(gradient: bool) -> bool:
-    """Which library is the quicker one, for a layer's result or for its gradients: oneDNN, else torch's own, MKL on x86.
+    """Returns whether oneDNN is faster for a layer's result (or `gradient`) than torch's own library, MKL on x86.
 
-    As measured with two threads: on a Xeon with AVX-512 MKL was 5 to 10 % quicker in results (gradients were not tried); on an
-    EPYC with AVX-512, of which MKL makes no use on AMD's processors, oneDNN was twice as quick in both; on an EPYC with AVX2 it
-    was 10 to 35 % quicker in results, and slower in gradients.
+    Measured with two threads: on a Xeon with AVX-512, MKL was 5 to 10 % faster in results (gradients were not tried). On an
+    EPYC with AVX-512, which MKL does not use on AMD's processors, oneDNN was twice as fast in both. On an EPYC with AVX2 it was
+    10 to 35 % faster in results, and slower in gradients.
     """
     return not is_intel() and (not gradient or torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gradient: bool = False) -> Tensor:
-    """[... c], [d c], [d] -> [... d]; `gradient`: see `by_onednn`."""
+    """Computes a linear layer by the faster library (see `by_onednn`): [... c], [d c], [d] -> [... d]"""
     if not by_onednn(gradient):
         return F.linear(input, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
@@ -276,17 +276,17 @@ def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gra
 
 
 def over_rows(gradient: Tensor, input: Tensor, sums: bool) -> tuple[Tensor, Tensor | None]:
-    """Of a layer's result, [n d], with its input, [n c] -> gradients of weight, [d c], and, if it `sums`, of bias, [d]"""
+    """Gives gradients: of a layer's result, [n d], with its input, [n c] -> of weight, [d c], and, if `sums`, of bias, [d]"""
     if not by_onednn(gradient=True):
         return gradient.t() @ input, gradient.sum(0) if sums else None
-    # quicker than `multiplied`, where torch copies the gradient transposed; of the third tensor only the type is looked at
+    # faster than `multiplied`, where torch copies the transposed gradient; only the type of the third tensor is used
     operands = gradient.to_mkldnn(), input.to_mkldnn(), input
     product, total = torch.ops.aten.mkldnn_linear_backward_weights(*operands, sums)
     return product, total if sums else None
 
 
 class Linear(torch.autograd.Function):
-    """`scale * (input @ weight.T + bias)`, of which it keeps what the input is made of."""
+    """Computes `scale * (input @ weight.T + bias)`, and keeps the tensors that the input was made of."""
 
     @staticmethod
     def forward(
@@ -301,13 +301,13 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            by: what makes the input of `of`; None: the input is kept.
+            by: computes the input from `of`; None: the input is kept.
             scale: [d]
-            result: of the multiplication, where it is there already.
+            result: of the multiplication, if it is known already.
             input: [... c]
             weight: [d c]
             bias: [d]
-            of: see `by`.
+            of: the arguments of `by`.
         """
         ctx.by = by
         ctx.wants_product = weight.requires_grad or (scale is not None and scale.requires_grad)
@@ -342,20 +342,20 @@ class Linear(torch.autograd.Function):
             total = gradient.sum(0) if sums else None
         if wants_bias:
             of_bias = total if scale is None else total * scale
-        if wants_input:  # the last, when the input that was made again is gone
+        if wants_input:  # last, so that the recomputed input is already freed
             scaled = gradient if scale is None else gradient * scale
             of_input = multiplied(scaled, weight.t(), gradient=True).unflatten(0, whole)
         return None, of_scale, None, of_input, of_weight, of_bias, *[None for _ in rest]
 
 
 def pieces(images: int, bias: Tensor) -> Iterator[slice]:
-    """Of a batch, a few images each."""
+    """Yields slices of a batch, a few images each."""
     size = max(1, PIECE // bias.numel())
     return (slice(first, first + size) for first in range(0, images, size))
 
 
 class BiasedAttention(torch.autograd.Function):
-    """Scaled dot-product attention with a bias that learns, of which no maps are kept."""
+    """Computes scaled dot-product attention with a trainable bias, and keeps no attention maps."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:

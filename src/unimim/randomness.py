@@ -1,8 +1,8 @@
-"""Everything that a training draws at random is derived from the run's seed: one that was killed goes on as if it never was.
+"""Derives every random draw of a training from the run's seed, so that a killed run resumes as if it was never interrupted.
 
-Nothing random is saved. The order of the images is a function of (seed, epoch), what transforms draw for an image of (seed,
-epoch, index), what a step draws (masks, drop path, dropout, Mixup) of (seed, epoch, batch index, process). The run's seed is
-that of `pl.seed_everything` (environment PL_GLOBAL_SEED), and 0 where there is none.
+No random state is saved. The order of the images depends on (seed, epoch), the draws of an image's transforms on (seed,
+epoch, index), and the draws of a step (masks, drop path, dropout, Mixup) on (seed, epoch, batch index, process). The run's
+seed is the one of `pl.seed_everything` (environment PL_GLOBAL_SEED), or 0 if there is none.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from unimim.lightning import is_validation_due, read_anew, set_progress
 
 
 class View(NamedTuple):
-    """Stands where an epoch does: an image then looks as in epoch `number` of a run with this seed, in a run of any seed."""
+    """Replaces the epoch number when transforms draw: the image looks as in epoch `number` of a run with this seed."""
 
     seed: int
     number: int
@@ -38,18 +38,18 @@ Epoch = int | View
 Place = tuple[Epoch, int]
 """(epoch, index) of a sample."""
 NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not resumable"
-"""What Lightning says of every loader without a `state_dict`."""
+"""Lightning's warning about every loader without a `state_dict`."""
 
 
 def run_seed() -> int:
-    """The seed that `pl.seed_everything` was given last, here or in the process that started this one; 0 if none was."""
+    """Returns the last seed given to `pl.seed_everything`, here or in the process that started this one; 0 if there is none."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def derived_seed(*words: str | Epoch, seed: int | None = None) -> int:
-    """64 bits of `seed` and `words`, the same on every machine and with every version of Python.
+    """Hashes `seed` and `words` to 64 bits, the same on every machine and with every version of Python.
 
-    Where no seed is given, it is that of a View among the words, else the run's.
+    The default seed is that of a View among the words, else the run's.
     """
     if seed is None:
         seed = next((word.seed for word in words if isinstance(word, View)), run_seed())
@@ -59,7 +59,7 @@ def derived_seed(*words: str | Epoch, seed: int | None = None) -> int:
 
 @contextmanager
 def seeded(*words: str | Epoch) -> Iterator[None]:
-    """Within it torch on the CPU, numpy and random run under `derived_seed(*words)`; afterwards they are as before."""
+    """Seeds torch on the CPU, numpy and random with `derived_seed(*words)` inside the block, and restores their state after."""
     with isolate_rng(include_cuda=False):
         seed = derived_seed(*words)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
@@ -69,7 +69,7 @@ def seeded(*words: str | Epoch) -> Iterator[None]:
 
 @contextmanager
 def aside(*words: str | int) -> Iterator[None]:
-    """As `seeded`, on all devices: what is drawn within it takes nothing from what training draws."""
+    """Does the same as `seeded` on all devices: draws inside the block do not change the draws of the training."""
     with isolate_rng():
         torch.manual_seed(derived_seed(*words))
         seed_numpy_and_random(derived_seed(*words))
@@ -83,28 +83,28 @@ def seed_numpy_and_random(seed: int) -> None:
 
 
 def epoch_and_index(place: Place | int) -> Place:
-    """What `ResumableSampler` yields, as it is; an index alone, of any other sampler, is one of epoch 0."""
+    """Returns the (epoch, index) of a `ResumableSampler` unchanged; an index alone, from another sampler, gets epoch 0."""
     return place if isinstance(place, tuple) else (0, place)
 
 
 class ResumableSampler(DistributedSampler[Place]):
-    """The order of the images in training: the (epoch, index) of this process's share.
+    """Yields the images in training order: the (epoch, index) of each image of this process.
 
-    The order is a function of (seed, epoch), in which n processes take turns: that of rank r has each n-th image from r on. So
-    a step sees the same images in any number of processes, if they are as many in all; the last images, fewer than there are
-    processes, are left out. Lightning leaves this sampler as it is and tells it the epoch; elsewhere call `set_epoch`.
+    The order depends on (seed, epoch). Of n processes, rank r takes every n-th image, starting with image r. So a step sees the
+    same images with any number of processes, if the total batch is the same. The last images, fewer than the number of
+    processes, are left out. Lightning keeps this sampler and sets its epoch; without Lightning, call `set_epoch`.
 
         DataLoader(SeededSamples(dataset), batch_size, sampler=ResumableSampler(dataset), drop_last=True)
 
-    The seed is that of the first process: a script may give each its own (`pl.seed_everything(42 + rank)`), which the
-    transforms of its images and its steps then run under. So it is made on all processes, as in `train_dataloader`.
+    The order uses the seed of the first process. A script may give each process its own (`pl.seed_everything(42 + rank)`),
+    which seeds the transforms and steps there. Create the sampler on all processes, as in `train_dataloader`.
 
     Args:
-        dataset: whose length counts. Processes are those of torch.distributed, if it is initialized.
+        dataset: only its length is used. The processes are those of torch.distributed, if it is initialized.
 
     Attributes:
-        views: None, or (count, seed): then epoch e shows images as epoch e mod `count` of a run with this seed would; their
-            order stays the run's. It holds from the next iteration on.
+        views: None, or (count, seed): then epoch e shows images as epoch e mod `count` of a run with this seed would; the
+            order of the run does not change. Takes effect at the next iteration.
     """
 
     def __init__(self, dataset: Sized) -> None:
@@ -125,14 +125,14 @@ class ResumableSampler(DistributedSampler[Place]):
         return zip(repeat(self.seen_as()), self.share()[self.skipped :].tolist(), strict=False)
 
     def share(self) -> Tensor:
-        """The indices of this process in the whole epoch, in their order: long [n]."""
+        """Returns this process's indices of the whole epoch, in order: long [n]."""
         generator = torch.Generator().manual_seed(derived_seed("order", self.epoch, seed=self.seed))
         images: Any = self.dataset
         order = torch.randperm(len(images), generator=generator)[: self.total_size]
         return order[self.rank :: self.num_replicas]
 
     def seen_as(self) -> Epoch:
-        """What stands for the epoch in its places: itself, or one of the fixed `views`."""
+        """Returns the epoch that transforms draw by: the sampler's own, or one of the fixed `views`."""
         if self.views is None:
             return self.epoch
         count, seed = self.views
@@ -140,7 +140,7 @@ class ResumableSampler(DistributedSampler[Place]):
 
     @contextmanager
     def choose(self, places: list[Place]) -> Iterator[None]:
-        """Within it an iteration goes over these places instead of an epoch's."""
+        """Makes an iteration go over these places instead of an epoch's, inside the block."""
         self.chosen = places
         try:
             yield
@@ -148,25 +148,25 @@ class ResumableSampler(DistributedSampler[Place]):
             self.chosen = None
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the next iteration."""
+        """Sets the epoch of the next iteration."""
         if epoch != self.epoch:
             self.skipped = 0
         super().set_epoch(epoch)
 
     def resume(self, epoch: int, skipped: int) -> None:
-        """Goes on within an epoch, after `skipped` samples of this process. `len()` stays that of a whole epoch."""
+        """Continues inside an epoch, after `skipped` samples of this process. `len()` is still that of a whole epoch."""
         self.set_epoch(epoch)
         self.skipped = skipped
 
 
 class SeededSamples(Dataset[Any]):
-    """Samples of a dataset whose transforms run under (seed, epoch, index).
+    """Wraps a dataset, and seeds the transforms of each sample with (seed, epoch, index).
 
-    What they draw for an image (by torch, numpy or random) depends on nothing else: not on the batch, the worker, the process
-    or what was drawn before. To be indexed by (epoch, index), as `ResumableSampler` yields them.
+    Their draws for an image (by torch, numpy or random) depend on nothing else: not on the batch, the worker, the process or
+    earlier draws. Index it by (epoch, index), as `ResumableSampler` yields them.
 
     Args:
-        dataset: any with `__len__` and `__getitem__`.
+        dataset: any object with `__len__` and `__getitem__`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -182,23 +182,23 @@ class SeededSamples(Dataset[Any]):
 
 
 class ExactResume(pl.Callback):
-    """Seeds each step, and lets a training that is resumed go on at the very image where its checkpoint was written.
+    """Seeds each step, and lets a resumed training continue at exactly the image where its checkpoint was written.
 
-    The tasks bring their own (`configure_callbacks`); for other LightningModules it is given to the Trainer. The place within
-    an epoch is kept where the data is read through `ResumableSampler`, with other samplers Lightning warns.
+    The tasks bring their own (`configure_callbacks`); for other LightningModules, give it to the Trainer. It keeps the place
+    inside an epoch if the data is read through `ResumableSampler`; with other samplers Lightning warns.
 
-    A checkpoint that was written between two steps of the optimizer, while gradients accumulate, continues at the first batch
-    of that accumulation. One that was written before a validation that was due, or within it, continues with all of that
-    validation; one after an epoch's last batch with the end of the epoch. Callbacks find the metrics as last measured.
+    A checkpoint written between two optimizer steps, while gradients accumulate, continues at the first batch of that
+    accumulation. One written before or during a validation that was due continues with that whole validation; one written
+    after an epoch's last batch continues with the end of the epoch. Callbacks find the metrics as last measured.
 
-    With another number of processes, images or accumulated batches, training goes on after the images that were seen, rounded
-    down to whole steps, and says so; in an order that differs from that of an uninterrupted run unless a step has as many
-    images as before. Schedules count steps, not images. A checkpoint without these numbers (of another sampler, or written
-    without this callback) has no place within its epoch: that is said, and Lightning goes on its own way.
+    With another number of processes, images or accumulated batches, training continues after the images already seen, rounded
+    down to whole steps, and logs this. Unless a step has as many images as before, the order then differs from that of an
+    uninterrupted run. Schedules count steps, not images. A checkpoint without these numbers (from another sampler, or written
+    without this callback) has no place inside its epoch: this is logged, and Lightning continues in its own way.
 
-    Not covered: what is drawn before `on_train_batch_start`, such as by one's own `on_after_batch_transfer`, and within a
-    validation; means over an epoch (`self.log(on_epoch=True)` in a training step), which are of the resumed part; a validation
-    that was due at the step with which `max_steps` ends the training.
+    Not covered: draws before `on_train_batch_start`, such as in a user's `on_after_batch_transfer`, and draws in a validation;
+    means over an epoch (`self.log(on_epoch=True)` in a training step), which cover the resumed part only; a validation that was
+    due at the step with which `max_steps` ends the training.
     """
 
     def __init__(self) -> None:
@@ -216,13 +216,13 @@ class ExactResume(pl.Callback):
         seed = derived_seed("step", trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(seed)
         seed_numpy_and_random(seed)
-        # a GradientAccumulationScheduler sets it where an epoch starts, which Lightning leaves out where a run goes on amid one
+        # a GradientAccumulationScheduler sets it when an epoch starts; Lightning skips that if a run resumes inside an epoch
         trainer.accumulate_grad_batches = accumulated(trainer, trainer.current_epoch)
         if trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
             self.buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets Lightning warn again, and another training read the loader from its beginning."""
+        """Lets Lightning warn again, and lets another training read the loader from its beginning."""
         self.quiet.close()
         if is_resumable(trainer):
             loader: Any = trainer.train_dataloader
@@ -234,11 +234,11 @@ class ExactResume(pl.Callback):
     # What is saved
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds what the order of the images depends on, and the metrics; corrects what would make the resumed run another one.
+        """Saves the numbers that set the order of the images, and the metrics; corrects states that would change a resumed run.
 
-        An epoch that was cut short (`max_steps`, `should_stop`) is still to be finished, though Lightning counts it as done.
-        Running means within the model moved with each batch of an unfinished accumulation, which will be seen again; those of
-        an average of the weights (`EMAWeightAveraging`, whose state dict then comes first) did not.
+        An epoch that was cut short (`max_steps`, `should_stop`) is not finished, although Lightning counts it as done. Running
+        means in the model moved with each batch of an unfinished accumulation, and these batches will be seen again; the means
+        of averaged weights (`EMAWeightAveraging`, whose state dict then comes first) did not move.
         """
         if not is_resumable(trainer):
             return
@@ -262,9 +262,9 @@ class ExactResume(pl.Callback):
     # Going on
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets Lightning's progress to a whole step, tells the sampler, and begins to read there.
+        """Sets Lightning's progress and the sampler to a whole step, and starts to read the data there.
 
-        Lightning has opened the loader before it knew the epoch, and its workers may have read from it (its issue 21938).
+        Lightning opens the loader before it knows the epoch, and workers may already have read from it (its issue 21938).
 
         Raises:
             ValueError: as `check_loader`.
@@ -313,7 +313,7 @@ class ExactResume(pl.Callback):
         warnings.filterwarnings("ignore", message=NOT_RESUMABLE)
 
     def say_what_differs(self, trainer: pl.Trainer) -> None:
-        """Says which settings and images are others than those of the checkpoint's run, as far as it says them."""
+        """Logs which settings and images differ from those that the checkpoint's run saved."""
         saved, now = self.saved or {}, settings(trainer)
         changed = [f"{name} {saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]]
         if changed:
@@ -323,12 +323,12 @@ class ExactResume(pl.Callback):
             rank_zero_info("the images are others than those of the checkpoint's run: as many, but with other file names")
 
     def batches_done(self, trainer: pl.Trainer, seen: int, whole: bool) -> int:
-        """How many of this run's batches are what `seen` batches of the checkpoint's were, in whole steps of the optimizer.
+        """Converts `seen` batches of the checkpoint's run to batches of this run, in whole optimizer steps.
 
-        Says so where the numbers of the two differ.
+        Logs the numbers of the two runs if they differ.
 
         Args:
-            whole: all of the epoch was seen.
+            whole: whether the whole epoch was seen.
         """
         now = numbers(trainer)
         batches = int(trainer.num_training_batches)
@@ -352,27 +352,27 @@ class ExactResume(pl.Callback):
 
 
 def exact_resume(trainer: pl.Trainer) -> list[pl.Callback]:
-    """What `configure_callbacks` of a task returns: `ExactResume`, unless the Trainer has it already."""
+    """Returns an `ExactResume` for a task's `configure_callbacks`, or nothing if the Trainer already has one."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [] if any(isinstance(callback, ExactResume) for callback in callbacks) else [ExactResume()]
 
 
 def is_resumable(trainer: pl.Trainer) -> bool:
-    """Whether training reads its data through `ResumableSampler`."""
+    """Returns whether training reads its data through `ResumableSampler`."""
     return isinstance(getattr(trainer.train_dataloader, "sampler", None), ResumableSampler)
 
 
 def is_done(progress: Any) -> bool:
-    """Whether a validation came to its end."""
+    """Returns whether a validation has finished."""
     return bool(progress.is_last_batch and progress.current.completed == progress.current.ready)
 
 
 def check_loader(trainer: pl.Trainer) -> None:
-    """
+    """Checks that a training loader works with `ResumableSampler`.
+
     Raises:
-        ValueError: what `ResumableSampler` yields does not go through this loader: it makes no batches, its dataset takes no
-            (epoch, index), or the sampler was made before the processes knew of each other; or as the dataset, of its first
-            sample.
+        ValueError: the loader makes no batches, its dataset takes no (epoch, index), or the sampler was created before
+            torch.distributed was initialized; or the dataset's own error for its first sample.
     """
     loader: Any = trainer.train_dataloader
     dataset, sampler = loader.dataset, loader.sampler
@@ -400,14 +400,14 @@ def check_loader(trainer: pl.Trainer) -> None:
 
 
 def accumulated(trainer: pl.Trainer, epoch: int) -> int:
-    """The batches of an update in this epoch: the Trainer's, or those that a GradientAccumulationScheduler has for it."""
+    """Returns the batches per update in this epoch: the Trainer's number, or that of a GradientAccumulationScheduler."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
     return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
 
 
 def numbers(trainer: pl.Trainer) -> dict[str, int]:
-    """What the order of the images, and the place in an epoch, depend on."""
+    """Returns the numbers that set the order of the images and the place in an epoch."""
     loader: Any = trainer.train_dataloader
     return {
         "processes": loader.sampler.num_replicas,
@@ -419,7 +419,7 @@ def numbers(trainer: pl.Trainer) -> dict[str, int]:
 
 
 def settings(trainer: pl.Trainer) -> dict[str, str]:
-    """What else the numbers of a step depend on, as a person reads it."""
+    """Returns the other settings that change the result of a step, in readable words."""
     clip: Any = trainer
     by = GradClipAlgorithmType(clip.gradient_clip_algorithm or "norm").value
     return {
@@ -430,9 +430,9 @@ def settings(trainer: pl.Trainer) -> dict[str, str]:
 
 
 def digest_of_names(dataset: Any) -> str | None:
-    """What stands for the names of a dataset's `files` below the folder that they share; None where it has no files.
+    """Hashes the names of a dataset's `files`, relative to their common folder; gives None if it has no files.
 
-    The folder itself may be another one, such as a copy on a node's own disk.
+    The folder itself may change, for example to a copy on a node's own disk.
     """
     files = getattr(dataset.dataset if isinstance(dataset, SeededSamples) else dataset, "files", None)
     if not files or not isinstance(files, list) or not all(isinstance(file, (str, os.PathLike)) for file in files):
@@ -448,11 +448,11 @@ def digest_of_names(dataset: Any) -> str | None:
 
 
 def images_a_step(run: dict[str, int]) -> int:
-    """Of the optimizer, over all processes."""
+    """Returns the images per optimizer step, over all processes."""
     return run["processes"] * run["batch_size"] * run["accumulate_grad_batches"]
 
 
 def told(run: dict[str, int]) -> str:
-    """As a person reads it."""
+    """Gives the numbers of a run in readable words."""
     step = "{processes} processes x {batch_size} images x {accumulate_grad_batches} accumulated"
     return f"{step}, {{images}} images in all, seed {{seed}}".format(**run)

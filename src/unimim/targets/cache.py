@@ -1,4 +1,4 @@
-"""T from the disk: what a frozen teacher says of K fixed views of each image, computed once (no paper has it; for sweeps)."""
+"""Reads T from the disk: a frozen teacher's targets of K fixed views per image, computed once (in no paper; for sweeps)."""
 
 import hashlib
 import json
@@ -25,40 +25,40 @@ from unimim.target_files import TargetFiles, in_words, whole_in_cache
 from unimim.written import save_tensors
 
 MADE_WITH, FITTED = Path("teacher/made_with.json"), Path("teacher/fitted.safetensors")
-"""Where a cache says what it is of, and keeps what its teacher has fitted to the data."""
+"""The files that describe a cache, and hold what its teacher has fitted to the data."""
 CHECKED = 8
-"""Views that the teacher looks at again before a run adds to a cache, or reads it."""
+"""Number of views that the teacher sees again as a check, before a run adds to a cache or reads it."""
 SAME_PIXELS = 0.01
-"""The most by which a quarter's mean colour, in [0, 1], may differ between two decoders or precisions of the same view."""
+"""Largest difference of a quarter's mean colour, in [0, 1], between two decoders or precisions of the same view."""
 SAME_TEACHER, SAME_TOKENS = 0.1, 0.3
-"""The most by which features may differ in norm, and tokens in number, between two precisions of a teacher.
+"""Largest difference of features (in norm) and of tokens (in number) between two precisions of a teacher.
 
 A ViT-B with random weights differs by 0.005 in bfloat16, and by 0.25 from its block before the last.
 """
 
 
 class CachedTarget(TargetGenerator):
-    """The targets of a frozen teacher, stored for K fixed views of each image, and read in its place while training.
+    """Stores the targets of a frozen teacher for K fixed views of each image, and reads them while training.
 
-    Epoch e of a run shows each image as epoch e mod K of a run with the seed `view_seed` would: so crop, flip and jitter are
-    those of K views, whatever the run's own seed, of which the order of the images and the masks still are. This departs from
-    the papers' recipes, where each epoch has new views; it is for sweeps and small sets of data.
+    Epoch e of a run shows each image as epoch e mod K of a run with the seed `view_seed` would. So crop, flip and jitter are
+    those of K views for any seed of the run; the order of the images and the masks still follow the run's seed. This departs
+    from the papers' recipes, where each epoch has new views; it is for sweeps and small datasets.
 
-    Before the first step, what `folder` lacks is computed by all processes, each some of the files, after its size was said.
-    It is read by any run with the same teacher, grid and data, in any number of processes. Features are stored in bfloat16,
-    tokens as integers; each view has a checksum, and the mean colours by which it is recognized. The data is read through
-    `ResumableSampler`. Outside of a training's steps, it is the teacher: of validations, and of pictures.
+    Before the first step, the size is printed, and all processes compute the missing files of `folder`, each a part of them.
+    Any run with the same teacher, grid and data can read the folder, with any number of processes. Features are stored in
+    bfloat16, tokens as integers; each view has a checksum, and mean colours to recognize it. The data must be read through
+    `ResumableSampler`. Outside of training steps (validations, pictures) the teacher itself computes the targets.
 
     Args:
         teacher: the frozen target.
-        folder: where the targets are, or will be; several nodes share it.
-        views: K. A folder with fewer gets those that it lacks, one with more is read as far as that.
-        view_seed: of the views; runs of any seed share them.
+        folder: holds the targets; it is created if needed, and shared by all nodes.
+        views: K. If the folder has fewer, the missing ones are added; if it has more, the first K are read.
+        view_seed: the seed of the views; runs of any seed share them.
 
     Raises:
         ValueError: the teacher follows the student (an EMA), or there are no views. When training starts: the folder was made
-            with another teacher, grid, data or view seed; it is damaged; the disk is too small; the data is read another way.
-            In a step: other images than the step's own, or images that are not the views that were stored.
+            with another teacher, grid, data or view seed; it is damaged; the disk is too small; the data is read in another
+            way. In a step: images that are not the step's own, or not the views that were stored.
     """
 
     def __init__(self, teacher: TargetGenerator, folder: str, views: int = 4, view_seed: int = 0) -> None:
@@ -76,7 +76,7 @@ class CachedTarget(TargetGenerator):
         self.of_step: tuple[Tensor, Tensor] | None = None
 
     def callbacks(self) -> list[pl.Callback]:
-        """What fixes the views, writes what is missing, and reads what a step needs."""
+        """Returns the callback that fixes the views, writes missing targets, and reads those of each step."""
         return [FixedViews(self)]
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -90,18 +90,18 @@ class CachedTarget(TargetGenerator):
         return target
 
     def picture(self, values: Tensor, target: Tensor) -> Tensor:
-        """As the teacher's."""
+        """Calls the teacher's method."""
         return self.teacher.picture(values, target)
 
     def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
-        """As the teacher's."""
+        """Calls the teacher's method."""
         return self.teacher.reconstruction(prediction, target, before)
 
 
 class FixedViews(pl.Callback):
-    """Brings a `CachedTarget` and a training's data together; the teacher brings it along.
+    """Connects a `CachedTarget` with a training's data; `CachedTarget.callbacks` returns it.
 
-    Fixes the views before the first step, has written what is missing, and hands each step's targets over.
+    It fixes the views and writes missing targets before the first step, and gives each step its targets.
     """
 
     files: TargetFiles
@@ -112,9 +112,10 @@ class FixedViews(pl.Callback):
         self.reader = ThreadPoolExecutor(1)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """
+        """Prepares the cache: checks it, writes the missing files, and fixes the views.
+
         Raises:
-            ValueError, OSError: as `CachedTarget`.
+            ValueError, OSError: see `CachedTarget`.
         """
         loop: Any = trainer.fit_loop
         loop.setup_data()
@@ -132,7 +133,7 @@ class FixedViews(pl.Callback):
             "target": [str(example.dtype), *self.files.shape],
             "rows": self.files.rows,
         }
-        # as the first process sees it, so that all do the same
+        # the first process's view of the disk, so that all do the same
         begun, missing, free = trainer.strategy.broadcast(self.on_disk())
         if begun:
             check_same(folder, made_with)
@@ -152,20 +153,20 @@ class FixedViews(pl.Callback):
         trainer.strategy.barrier("cache: it is written")
         self.files.open_all(target.views)
         self.fix(trainer)
-        read_anew(trainer)  # it may have begun to read other views
+        read_anew(trainer)  # the loader may have started to read other views
 
     def on_disk(self) -> tuple[bool, list[list[int]], int]:
-        """Whether the cache was begun, the numbers of the files that each view lacks, and the bytes that are free."""
+        """Returns whether the cache was started, the numbers of each view's missing files, and the free bytes of the disk."""
         folder = self.target.folder
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         missing = [self.files.missing(view) for view in range(self.target.views)]
         return (folder / MADE_WITH).is_file(), missing, shutil.disk_usage(there).free
 
     def announce(self, missing: list[list[int]], free: int) -> None:
-        """Says how much will be written.
+        """Logs how much will be written.
 
         Raises:
-            ValueError: the disk has less.
+            ValueError: the disk has too little space.
         """
         folder, views, files = self.target.folder, self.target.views, self.files
         needed = files.bytes_of(missing)
@@ -183,9 +184,9 @@ class FixedViews(pl.Callback):
         )
 
     def begin(self, trainer: pl.Trainer, pl_module: Any, made_with: dict[str, Any]) -> None:
-        """Prepares the teacher, and writes what was fitted beside what the cache is made with. On one process.
+        """Prepares the teacher, then writes what it has fitted and the description of the cache. Runs on one process.
 
-        Where another run does the same at the same time, the folder of the first stays, and is that of both.
+        If another run does the same at the same time, both use the folder of the first.
         """
         teacher = self.target.teacher
         with trainer.precision_plugin.forward_context():
@@ -197,12 +198,12 @@ class FixedViews(pl.Callback):
             (part / MADE_WITH.name).write_text(json.dumps(made_with, indent=1) + "\n")
 
     def fix(self, trainer: pl.Trainer) -> None:
-        """From now on the training's sampler shows the fixed views."""
+        """Makes the training's sampler show the fixed views."""
         self.sampler = sampler_of(trainer)
         self.sampler.views = self.target.views, self.target.view_seed
 
     def write(self, trainer: pl.Trainer, pl_module: Any, view: int, numbers: list[int]) -> None:
-        """These files of a view."""
+        """Computes and writes these files of a view."""
         indices = [index for number in numbers for index in self.files.indices(number)]
         waiting: list[tuple[Tensor, Tensor]] = []  # (targets, quarters) of images that are in no file yet
         silent = not trainer.is_global_zero or trainer.progress_bar_callback is None or not indices
@@ -216,7 +217,7 @@ class FixedViews(pl.Callback):
                     bar.update(rows)
 
     def images(self, trainer: pl.Trainer, pl_module: Any, view: int, indices: list[int]) -> Iterator[Tensor]:
-        """Batches of these images as training would see them in a view; the last is filled up with its last image."""
+        """Yields batches of these images as training sees them in a view; repeats the last image to fill the last batch."""
         loader: Any = trainer.train_dataloader
         places: list[Place] = [(View(self.target.view_seed, view), index) for index in indices]
         if places:
@@ -225,12 +226,12 @@ class FixedViews(pl.Callback):
 
     @torch.no_grad()
     def looked(self, trainer: pl.Trainer, pl_module: Any, images: Tensor) -> Tensor:
-        """What the teacher says of [b 3 H W], as stored."""
+        """Gives the teacher's targets of images [b 3 H W], in the stored dtype."""
         with trainer.precision_plugin.forward_context():
             return stored(self.target.teacher(images, pl_module.student.grid_size), self.target.dim)
 
     def check(self, trainer: pl.Trainer, pl_module: Any, missing: list[list[int]]) -> None:
-        """Looks that images and teacher are those of what is there already, by some images of the first view that has any.
+        """Checks, with some images of the first view that has any, that images and teacher are those of the stored targets.
 
         Raises:
             ValueError: they are not.
@@ -259,9 +260,10 @@ class FixedViews(pl.Callback):
             )
 
     def check_pixels(self, farthest: Tensor) -> None:
-        """
+        """Checks the largest difference of mean colours between images and stored views.
+
         Raises:
-            ValueError: mean colours of images differ by more than two decoders' would.
+            ValueError: mean colours differ by more than `SAME_PIXELS`.
         """
         if not farthest <= SAME_PIXELS:
             raise UserError(
@@ -278,16 +280,16 @@ class FixedViews(pl.Callback):
         self.looked_at_pixels = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Lightning may have made another loader (`reload_dataloaders_every_n_epochs`), and begins to read behind this."""
+        """Fixes the views again: Lightning may have a new loader (`reload_dataloaders_every_n_epochs`), not yet read."""
         self.fix(trainer)
-        for network in self.target.teacher.networks():  # which no step asks
+        for network in self.target.teacher.networks():  # no step uses them
             network.cpu()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
-        """Hands the targets of the step's images to the teacher; those of the next are read meanwhile.
+        """Gives the targets of the step's images to the teacher, while those of the next step are read.
 
         Raises:
-            ValueError: a file is damaged, or the images are others than those of the first view.
+            ValueError: a file is damaged, or, in the first step, the images are not the stored ones.
         """
         epoch = trainer.current_epoch
         now = self.ahead.pop((epoch, batch_idx), None) or self.request(pl_module, epoch, batch_idx)
@@ -300,7 +302,7 @@ class FixedViews(pl.Callback):
         self.target.of_step = batch, target.float() if target.is_floating_point() else target.long()
 
     def request(self, pl_module: Any, epoch: int, batch_idx: int) -> Future[tuple[Tensor, Tensor]]:
-        """What the reader has to read for a batch of this epoch; nothing behind its end."""
+        """Starts to read the targets of a batch of this epoch; reads nothing after the end of the epoch."""
         if self.share is None or self.share[0] != epoch:
             self.share = epoch, sampler_of(pl_module.trainer).share()
         size = pl_module.trainer.train_dataloader.batch_size
@@ -312,14 +314,15 @@ class FixedViews(pl.Callback):
         self.target.of_step = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """
+        """Checks that all images of the epoch were those that are stored.
+
         Raises:
-            ValueError: some images of the epoch were others than those that were stored.
+            ValueError: some images of the epoch were not the stored ones.
         """
         self.check_pixels(self.farthest)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Leaves teacher and data as they were found."""
+        """Stops the reader, and resets the teacher and the data's sampler."""
         self.reader.shutdown()
         self.target.of_step = None
         if self.sampler:
@@ -342,10 +345,10 @@ def fitted(path: Path) -> dict[str, Tensor]:
 
 
 def sampler_of(trainer: pl.Trainer) -> ResumableSampler:
-    """By which an image's place in an epoch is known.
+    """Returns the training's sampler, which knows the place of each image in an epoch.
 
     Raises:
-        ValueError: the training's data is read another way; and as `check_loader`.
+        ValueError: the training's data is read in another way; see also `check_loader`.
     """
     loader: Any = trainer.train_dataloader
     if not is_resumable(trainer):
@@ -360,19 +363,19 @@ def sampler_of(trainer: pl.Trainer) -> ResumableSampler:
 
 
 def stored(target: Tensor, dim: int) -> Tensor:
-    """Features in bfloat16, tokens in the smaller integers that hold them."""
+    """Converts features to bfloat16, tokens to int16 or, if they need it, int32."""
     if target.is_floating_point():
         return target.to(torch.bfloat16)
     return target.to(torch.int16 if dim <= 2**15 else torch.int32)
 
 
 def quarter_colors(images: Tensor) -> Tensor:
-    """[b 3 H W] -> the mean colours of the quarters, float32 [b 3 2 2], which differ between views, mirrored ones too."""
+    """Averages each quarter, [b 3 H W] -> float32 [b 3 2 2]: these colours differ between views, also mirrored ones."""
     return F.adaptive_avg_pool2d(images.float(), 2)
 
 
 def described(teacher: TargetGenerator) -> dict[str, Any]:
-    """By what one teacher is told from another: the classes of its parts, their plain settings, and a digest of all tensors."""
+    """Describes a teacher so that two can be compared: the classes and plain settings of its parts, a hash of all tensors."""
     found: dict[str, Any] = {}
     tensors = hashlib.blake2b(digest_size=16)
     for path, part in teacher.named_modules(prefix="teacher"):
@@ -388,17 +391,18 @@ def described(teacher: TargetGenerator) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a number, a string, None, or a list of such."""
+    """Returns whether it is a number, a string, None, or a list of these."""
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def check_same(folder: Path, made_with: dict[str, Any]) -> None:
-    """
+    """Checks that a cache was made with the settings of this run.
+
     Raises:
-        ValueError: the cache in the folder was made with something else, of which the first is named; or what it was made with
-            cannot be read.
+        ValueError: the cache in the folder was made with another setting (the first is named), or its description cannot be
+            read.
     """
     file = folder / MADE_WITH
     try:
