@@ -595,6 +595,7 @@ def read(terminal: int) -> str:
         ({"parameters": {"a": {"min": 0, "max": 1}}}, "a is {'max': 1, 'min': 0}, but a parameter has"),
         ({"method": "random"}, "sweep.yaml: run_cap is None, but it is the number of points, at least 1; method random needs"),
         ({"run_cap": 0}, "run_cap is 0"),
+        ({"command": ["${env}", "--model.lr=1"]}, "command has '--model.lr=1', which unimim sweep does not read"),
         *(
             ({"method": "random", "run_cap": 2, "parameters": {"a": spec}}, f"a is {spec}, but a parameter has")
             for spec in (

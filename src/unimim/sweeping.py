@@ -135,7 +135,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: run_cap is {cap!r}, but it is the number of points, at least 1; method random needs it")
     for word in content.get("command") or []:
         if str(word).startswith("--") and not str(word).startswith("--trainer.logger"):
-            raise UserError(f"{path}: command has {word!r}, which unimim sweep does not read: make it a parameter with one value")
+            raise UserError(
+                f"{path}: command has {word!r}, which unimim sweep does not read: make it a parameter with one value"
+            )
     return content
 
 
