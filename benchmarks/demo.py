@@ -233,7 +233,7 @@ def draw(data: FashionMNISTData, results: dict[str, Any], path: Path) -> None:
     h, w = grid_size = models["pixels"].student.grid_size
     torch.manual_seed(0)
     mask = models["pixels"].masking(images, grid_size)
-    hidden = mask.repeat_interleave(32 // h, 1).repeat_interleave(32 // w, 2)
+    hidden = mask.tensor.repeat_interleave(32 // h, 1).repeat_interleave(32 // w, 2)
     with torch.no_grad():
         targets = {name: model.normalization(model.teacher(every, grid_size)) for name, model in models.items()}
     gray = rearrange(targets["pixels"], "b h w (p q c) -> b (h p) (w q) c", p=8, q=8)[chosen, ..., 0]

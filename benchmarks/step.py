@@ -39,6 +39,7 @@ from unimim.optim import fused_adamw, parameter_groups
 
 RECIPES = ("conf/pretrain/maskdistill_vit_base.yaml", "conf/pretrain/mae_vit_base.yaml")
 PARTS = ("teacher", "student forward", "head forward", "backward", "optimizer")
+WAYS_OF_A_TEACHER = ("forward", "forward_image", "forward_both")
 THEIRS = "transformers (reference)"
 
 
@@ -81,7 +82,7 @@ class Step:
         self.context: Precision = trainer.precision_plugin.forward_context
         self.device = images.device.type
         self.calls: dict[nn.Module, Any] = {}
-        groups = parameter_groups([model.student, model.head, model.loss], model.weight_decay)
+        groups = parameter_groups([model], model.weight_decay)
         self.optimizer = fused_adamw(groups, 1e-6, model.betas)  # so that nothing diverges
         model.log = lambda *_, **__: None  # type: ignore[method-assign]  # nothing is logged
         model.guard.on_fit_start(trainer, model)
@@ -105,7 +106,8 @@ class Step:
         trainer.precision_plugin.clip_gradients(self.optimizer, trainer.gradient_clip_val or 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        model.teacher.update(model.student, model.head, 0.0)
+        for teacher, head in model.teachers.items():
+            teacher.update(model.student, head, 0.0)
 
     def compiled(self) -> None:
         """With each block compiled, as `compiled` has it on a GPU; what comes after is not."""
@@ -120,35 +122,43 @@ class Step:
 
     def parts(self) -> list[nn.Module]:
         """All modules, the teacher's frozen networks too."""
-        return [part for whole in (self.model, *self.model.teacher.networks()) for part in whole.modules()]
+        frozen = [network for teacher in self.model.teachers for network in teacher.networks()]
+        return [part for whole in (self.model, *frozen) for part in whole.modules()]
 
     def split(self) -> dict[str, float]:
         """Seconds of each part of a step, for which the device is waited for in between."""
         model, seconds = self.model, dict.fromkeys(PARTS, 0.0)
-        letters = [("teacher", model.teacher), ("student forward", model.student), ("head forward", model.head)]
+        heads = {term.head: None for term in model.terms.values()}
+        letters = [("student forward", model.student, "forward"), *(("head forward", head, "forward") for head in heads)]
+        letters += [("teacher", teacher, way) for teacher in model.teachers for way in WAYS_OF_A_TEACHER]
         if isinstance(model.masking, AttentiveMasking):  # which asks the teacher, and the teacher remembers what it said
-            letters.append(("teacher", model.masking))
+            letters.append(("teacher", model.masking, "forward"))
+        within: list[str] = []
 
         def timed(name: str, call: Callable[..., Any]) -> Any:
             def timing(*arguments: Any) -> Any:
+                if within:  # a letter that another one calls counts as a part of that one
+                    return call(*arguments)
+                within.append(name)
                 wait(self.device)
                 start = perf_counter()
                 result = call(*arguments)
                 wait(self.device)
                 seconds[name] += perf_counter() - start
+                within.clear()
                 return result
 
             return timing
 
-        for name, letter in letters:
-            letter.forward = timed(name, letter.forward)
+        for name, letter, way in letters:
+            setattr(letter, way, timed(name, getattr(letter, way)))
         whole = perf_counter()
         with self.context():
             loss = model.training_step(self.images, 0)
         timed("backward", self.backward)(loss)
         timed("optimizer", self.update)()
-        for _, letter in letters:
-            del letter.forward  # that of its class again
+        for _, letter, way in letters:
+            delattr(letter, way)  # that of its class again
         rest = perf_counter() - whole - sum(seconds.values())
         return seconds | {"rest": rest}
 
@@ -162,11 +172,14 @@ def dense_flops(step: Step) -> float:
     grid = model.student.grid_size
     with torch.no_grad(), step.autocast(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as of_teacher:
-            model.teacher(images, grid)
+            for term in model.terms.values():
+                term.run(images, grid, term.selection)  # a teacher that terms share runs once
         mask = model.masking(images, grid)
-        selected = model.select(mask) if model.student.drops_patches else torch.ones_like(mask)
         with FlopCounterMode(display=False) as of_student:
-            model.head(model.student(images, mask), mask, selected)
+            tokens = model.student(images, mask)
+            for term in model.terms.values():
+                selected = term.select(mask)
+                term.head(tokens, mask, selected if model.student.drops_patches or term.selection == "image" else mask.full())
     return float(of_teacher.get_total_flops() + 3 * of_student.get_total_flops())
 
 

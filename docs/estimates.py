@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from unimim import MaskTokenStudent
+from unimim import Mask, MaskTokenStudent
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- estimates -->\n", "<!-- /estimates -->"
@@ -55,14 +55,14 @@ def parts(recipe: str) -> dict[str, Any]:
         student = MaskTokenStudent(**letters["student"]["init_args"])
         teacher = timm.create_model(letters["teacher"]["init_args"]["network"])
         h, w = student.grid_size
-        image, mask = torch.zeros(1, 3, data["image_size"], data["image_size"]), torch.zeros(1, h, w, dtype=torch.bool)
+        image, mask = torch.zeros(1, 3, data["image_size"], data["image_size"]), Mask(torch.zeros(1, h, w, dtype=torch.bool), 0)
     masked = round(letters["masking"]["init_args"]["ratio"] * h * w)
     with FlopCounterMode(display=False) as frozen, torch.no_grad():
         teacher.forward_features(image)
     with FlopCounterMode(display=False) as forward:
         tokens = student(image, mask)
     with FlopCounterMode(display=False) as backward:
-        tokens.sum().backward()
+        tokens.patches.sum().backward()
     head = 3 * 2 * masked * student.embed_dim * teacher.num_features
     return {
         "student": student,

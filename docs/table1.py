@@ -1,4 +1,4 @@
-"""Table 1 of README and docs/unified_view.md: one row a recipe of conf/pretrain, one column a letter.
+"""Table 1 of README and docs/unified_view.md: a row for each recipe of conf/pretrain and each further term, a column a letter.
 
 `make table` writes it from the yamls.
 """
@@ -43,12 +43,14 @@ def link(class_path: str) -> str:
 
 def cell(letter: str, part: Any, selection: str) -> str:
     """One part: its class, and what it is given in this recipe."""
+    if isinstance(part, str) and "." not in part:
+        return f"that of the {part} term"
     part = {"class_path": part} if isinstance(part, str) else part
     given = part.get("init_args", {})
     said = [f"{name}={given[name]}" for name in SAID.get(letter, []) if given.get(name) is not None]
     said = [f"`{argument.removeprefix('network=').removeprefix('backbone=')}`" for argument in said]
     if letter == "loss" and selection != "masked":
-        said.append(f"on {selection} patches")
+        said.append("on the image" if selection == "image" else f"on {selection} patches")
     return "<br>".join([link(part["class_path"]), *said])
 
 
@@ -61,6 +63,9 @@ def table() -> str:
         letters = ("teacher", "normalization", "masking", "student", "head", "loss")
         cells = [cell(letter, model[letter], model["selection"]) for letter in letters]
         rows.append(f"| {' | '.join([f'[{path.stem}]({path.relative_to(ROOT)})', *cells])} |\n")
+        for name, term in model.get("terms", {}).items():
+            own = {letter: cell(letter, term[letter], term["selection"]) for letter in letters if letter in term}
+            rows.append(f"| {' | '.join([f'+ {name}', *(own.get(letter, '') for letter in letters)])} |\n")
     return head + "".join(rows)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from unimim import (
     BlockMasking,
@@ -16,6 +16,7 @@ from unimim import (
     MaskedImageModeling,
     MaskTokenStudent,
     Student,
+    Tokens,
     VisibleStudent,
     cpu,
 )
@@ -76,7 +77,6 @@ TINY = {
     "visible_eva_rotary": ("eva02_tiny_patch14_224", PLAIN),
 }
 VISIBLE = [kind for kind in TINY if kind.startswith("visible")]
-DENSE = [kind for kind in TINY if kind not in VISIBLE]
 
 
 def tiny_student(kind: str = "vit") -> Student:
@@ -86,6 +86,11 @@ def tiny_student(kind: str = "vit") -> Student:
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.2)
     return student
+
+
+def all_tokens(tokens: Tokens) -> Tensor:
+    """Prefix and patches in one, as a backbone of timm gives them: [b p+n d]"""
+    return torch.cat([tokens.prefix, tokens.patches], 1)
 
 
 def tiny_model(task: type[MaskedImageModeling] = MaskedImageModeling, **changes: object) -> MaskedImageModeling:
@@ -113,9 +118,12 @@ def narrow_recipe(recipe: Path, folder: Path) -> Path:
     else:
         narrow_student = {**narrow, "depth": of_teacher.get("top_blocks", 2)}
     student["model_args"] = {**student.get("model_args", {}), **narrow_student}
-    head = config["model"]["head"]
-    if isinstance(head, dict) and "Decoder" in head["class_path"]:
-        head["init_args"] = {**head.get("init_args", {}), "width": 24, "depth": 2, "num_heads": 2}
+    for term in (config["model"], *config["model"].get("terms", {}).values()):
+        head = term["head"]
+        if isinstance(head, dict) and "Decoder" in head["class_path"]:
+            head["init_args"] = {**head.get("init_args", {}), "width": 24, "depth": 2, "num_heads": 2}
+        if isinstance(head, dict) and "PatchAggregation" in head["class_path"]:
+            head["init_args"] = {**head.get("init_args", {}), "block": 0, "depth": 1}
     if isinstance(of_teacher.get("network"), str):
         of_teacher["model_args"] = {**of_teacher.get("model_args", {}), **narrow}
     file = folder / recipe.name

@@ -171,7 +171,7 @@ def test_only_the_first_batch_of_a_loop_is_looked_at(tmp_path: Path, monkeypatch
 def test_subclasses_have_it_too(tmp_path: Path) -> None:
     class OwnStep(MaskedImageModeling):
         def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-            return self.student(images, self.masking(images, (4, 4))).mean()
+            return self.student(images, self.masking(images, (4, 4))).patches.mean()
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             pass

@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
-from conftest import DENSE, PLAIN, TINY, VISIBLE, tiny_model, tiny_student
+from conftest import PLAIN, TINY, VISIBLE, all_tokens, tiny_model, tiny_student
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,6 +35,7 @@ from unimim import (
     KNNCallback,
     LinearHead,
     LinearProbe,
+    Mask,
     MaskedImageModeling,
     MaskTokenStudent,
     MeanColorTarget,
@@ -45,6 +46,7 @@ from unimim import (
     RandomMasking,
     SoftCrossEntropyLoss,
     TargetGenerator,
+    Tokens,
     UperNetSegmentation,
     VisibleStudent,
     VQKDTarget,
@@ -155,26 +157,28 @@ def test_everything_meets_on_the_grid(kind: str, head: str, target: str, masking
     ).eval()
     batch = images()
     mask = model.masking(batch, GRID)
-    counts = mask.sum((1, 2))
-    assert mask.shape == (3, *GRID)
-    assert mask.dtype == torch.bool
-    assert (counts == counts[0]).all()
+    assert mask.tensor.shape == (3, *GRID)
+    assert mask.tensor.dtype == torch.bool
+    assert (mask.tensor.sum((1, 2)) == mask.count).all()
     targets = model.teacher(batch, GRID)
     assert targets.shape == ((3, *GRID) if discrete else (3, *GRID, teacher.dim))
     assert targets.dtype == (torch.long if discrete else torch.float32)
     tokens = model.student(batch, mask)
-    visible = int((~mask[0]).sum())
-    grid_of_tokens = (model.student.num_prefix_tokens + visible,) if kind in VISIBLE else GRID
-    assert tokens.shape == (3, *grid_of_tokens, model.student.embed_dim)
+    visible = int((~mask.tensor[0]).sum())
+    assert tokens.prefix.shape == (3, model.student.num_prefix_tokens, model.student.embed_dim)
+    assert tokens.patches.shape == (3, visible if kind in VISIBLE else 16, model.student.embed_dim)
+    assert torch.equal(tokens.where.tensor, ~mask.tensor if kind in VISIBLE else torch.ones(3, *GRID, dtype=torch.bool))
     for selection in possible:
         model.selection = selection
         selected = model.select(mask)
-        assert selected.sum() == {"masked": mask.sum(), "visible": (~mask).sum(), "all": mask.numel()}[selection]
+        hidden = mask.tensor
+        expected = {"masked": hidden, "visible": ~hidden, "all": torch.ones_like(hidden)}[selection]
+        assert torch.equal(selected.tensor, expected)
         prediction = model.head(tokens, mask, selected)
-        assert prediction.shape == (selected.sum(), teacher.dim)
+        assert prediction.shape == (expected.sum(), teacher.dim)
         if "all" in possible:
-            everywhere = model.head(tokens, mask, torch.ones_like(mask)).unflatten(0, mask.shape)
-            torch.testing.assert_close(prediction, everywhere[selected])
+            everywhere = model.head(tokens, mask, mask.full()).unflatten(0, hidden.shape)
+            torch.testing.assert_close(prediction, everywhere[expected])
         model.training_step(batch, 0).backward()
         assert all(p.grad is None for p in model.teacher.parameters())
 
@@ -196,9 +200,9 @@ def test_visible_patches_are_found_in_the_order_of_the_grid(kind: str, head: str
     model = tiny_model(student=student, head=HEADS[head], selection="visible").eval()
     batch = images()
     mask = RandomMasking(0.75)(batch, GRID)
-    tokens = student(batch, mask)[:, student.num_prefix_tokens :]
-    nothing = torch.zeros(3, 1, 4, dtype=torch.bool)
-    expected = model.head(tokens.unflatten(1, (1, 4)), nothing, ~nothing)
+    tokens = student(batch, mask)
+    nothing = Mask(torch.zeros(3, 1, 4, dtype=torch.bool))
+    expected = model.head(Tokens(tokens.prefix, tokens.patches, ~nothing), nothing, ~nothing)
     torch.testing.assert_close(model.head(student(batch, mask), mask, ~mask), expected)
 
 
@@ -209,13 +213,13 @@ def test_blind_to_masked_pixels_bit_for_bit(kind: str, masking: str) -> None:
     student = tiny_student(kind).eval()
     batch = images()
     mask = MASKINGS[masking]()(batch, GRID)
-    pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    pixels = mask.tensor.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
     others = torch.where(pixels, torch.rand_like(batch) * 1e6, batch)
-    assert torch.equal(student(batch, mask), student(others, mask))
+    assert torch.equal(all_tokens(student(batch, mask)), all_tokens(student(others, mask)))
     nan = torch.where(pixels, torch.nan, batch)
-    assert torch.equal(student(batch, mask), student(nan, mask))
+    assert torch.equal(all_tokens(student(batch, mask)), all_tokens(student(nan, mask)))
     visible = torch.where(pixels, batch, torch.rand_like(batch))
-    assert not torch.allclose(student(batch, mask), student(visible, mask))
+    assert not torch.allclose(all_tokens(student(batch, mask)), all_tokens(student(visible, mask)))
 
 
 @every_student
@@ -229,10 +233,10 @@ def test_an_empty_mask_is_timm(kind: str) -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = plain.forward_features((batch - mean) / std)
     assert torch.equal(student.backbone.forward_features((batch - mean) / std), expected)
-    tokens = student(batch, torch.zeros(3, *GRID, dtype=torch.bool))
-    if kind in DENSE and expected.ndim == 3:
-        tokens, expected = tokens.flatten(1, 2), expected[:, student.num_prefix_tokens :]
-    assert torch.equal(tokens, expected)
+    tokens = student(batch, Mask(torch.zeros(3, *GRID, dtype=torch.bool)))
+    assert torch.equal(all_tokens(tokens), expected.flatten(1, 2) if expected.ndim == 4 else expected)
+    assert tokens.prefix.shape[1] == student.num_prefix_tokens
+    assert torch.equal(tokens.grid().flatten(1, 2), tokens.patches)
     assert not isinstance(plain.norm, nn.Identity)
 
 
@@ -257,7 +261,7 @@ def test_a_masked_patch_becomes_the_token() -> None:
     student.backbone.forward_features(student.normalize(batch))
     positions = student.backbone.pos_embed
     token = (student.mask_token + positions).expand_as(received[0])
-    flat = mask.flatten(1)[..., None]
+    flat = mask.tensor.flatten(1)[..., None]
     torch.testing.assert_close(received[0], torch.where(flat, token, received[1]))
 
 
@@ -422,13 +426,13 @@ def test_a_dropping_student_is_the_backbone_on_the_visible_tokens(kind: str) -> 
     tokens = backbone._pos_embed(backbone.patch_embed(student.normalize(batch)))
     (tokens, rotary) = tokens if isinstance(tokens, tuple) else (tokens, None)
     for i in range(3):
-        kept = [*range(prefix), *(prefix + n for n in range(16) if not mask[i].flatten()[n])]
+        kept = [*range(prefix), *(prefix + n for n in range(16) if not mask.tensor[i].flatten()[n])]
         x = tokens[i : i + 1, kept]
         if hasattr(backbone, "norm_pre"):
             x = backbone.norm_pre(x)
         for block in backbone.blocks:
             x = block(x) if rotary is None else block(x, rope=rotary[[n - prefix for n in kept[prefix:]]])
-        torch.testing.assert_close(student(batch, mask)[i], backbone.norm(x)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(all_tokens(student(batch, mask))[i], backbone.norm(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_is_shared_by_deep_copies() -> None:

@@ -35,7 +35,8 @@ import initial_weights
 
 RECIPES = sorted((ROOT / "conf" / "pretrain").glob("*.yaml"))
 OURS = ("demo_features", "demo_hog", "demo_pixels", "demo_scenes", "photos")
-NO_CODE = ("maskdistill_swin_base", "vit_mean_color")
+NO_CODE = ("maskdistill_swin_base", "medic_vit_base", "vit_mean_color")
+MORE_TERMS = {"beitv2_cls_vit_base": "beitv2_vit_base", "ibot_cls_vit_small": "ibot_vit_small"}
 NARROW = {"embed_dim": 96, "num_heads": 3}
 NARROW_SWIN = {"embed_dim": 24, "num_heads": (1, 1, 2, 2)}
 
@@ -43,7 +44,17 @@ every_official_recipe = pytest.mark.parametrize("name", initial_weights.OFFICIAL
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert {path.stem for path in RECIPES} == {*initial_weights.OFFICIAL, *OURS, *NO_CODE}
+    assert {path.stem for path in RECIPES} == {*initial_weights.OFFICIAL, *OURS, *NO_CODE, *MORE_TERMS}
+
+
+@pytest.mark.parametrize("name", MORE_TERMS)
+def test_recipes_with_more_terms_begin_as_those_without(name: str) -> None:
+    """Student and first head are made alike; what the further heads begin with is in test_terms."""
+    ours, theirs = (
+        yaml.safe_load((ROOT / "conf" / "pretrain" / f"{stem}.yaml").read_text())["model"] for stem in (name, MORE_TERMS[name])
+    )
+    assert ours.pop("terms")
+    assert ours == theirs
 
 
 def agree(parameters: list[initial_weights.Parameter]) -> None:
@@ -270,6 +281,7 @@ ALL_BUT_VECTORS = {"cls_token", "mask_token", "pos_embed"}
 DECAYED = {
     "beit_vit_base": {"mask_token"},  # beit/modeling_pretrain.py: no_weight_decay is {pos_embed, cls_token}
     "beitv2_vit_base": {"mask_token"},  # beit2/modeling_pretrain.py, likewise
+    "beitv2_cls_vit_base": {"mask_token"},  # likewise
     "data2vec_vit_base": {"mask_token"},  # beit/modeling_cyclical.py, likewise
     "eva_vit_large": {"mask_token"},  # EVA-01/eva/modeling_pretrain.py, likewise
     "simmim_vit_base": {"mask_token"},  # models/vision_transformer.py, likewise
@@ -287,6 +299,7 @@ DECAYED = {
     "maskalign_vit_base": {"cls_token"},  # main_pretrain.py spares distill_weights only; there is no mask token
     "maskfeat_hog_vit_base": ALL_BUT_VECTORS,  # ZERO_DECAY_POS_CLS False in in1k_VIT_B_MaskFeat_PT.yaml
     "maskfeat_dino_vit_base": ALL_BUT_VECTORS,
+    "ibot_cls_vit_small": ALL_BUT_VECTORS,
     "ibot_vit_small": ALL_BUT_VECTORS,  # utils.py: get_params_groups spares biases and 1-D parameters
 }
 """What decays of tokens, positions and Swin's bias tables in the official code. (BEiT's bias tables always do.)"""

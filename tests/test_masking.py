@@ -30,7 +30,7 @@ def images(b: int) -> Tensor:
 
 def draw(masking: torch.nn.Module, grid_size: Grid, b: int = SAMPLES) -> np.ndarray:
     """bool [b h w], in batches of 100: too small for torch's threads, which would wait for each other on busy cores."""
-    return np.concatenate([masking(images(100), grid_size).numpy() for _ in range(b // 100)])
+    return np.concatenate([masking(images(100), grid_size).tensor.numpy() for _ in range(b // 100)])
 
 
 @functools.cache
@@ -258,7 +258,9 @@ def test_the_count_is_exact_in_every_image(kind: type, grid_size: Grid) -> None:
     for ratio in (0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95):
         expected = round(ratio * h * w)
         if 0 < expected < h * w:
-            mask = kind(ratio)(images(40), grid_size)
+            drawn = kind(ratio)(images(40), grid_size)
+            mask = drawn.tensor
+            assert drawn.count == expected
             assert mask.dtype == torch.bool
             assert mask.shape == (40, h, w)
             assert mask.sum((1, 2)).tolist() == [expected] * 40
@@ -269,7 +271,7 @@ def test_the_count_is_exact_in_every_image(kind: type, grid_size: Grid) -> None:
 def test_the_seed_decides(kind: type, grid_size: Grid) -> None:
     def drawn(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return kind(0.4)(images(16), grid_size)
+        return kind(0.4)(images(16), grid_size).tensor
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -290,18 +292,18 @@ def test_a_ratio_fits_the_grid(kind: type) -> None:
         kind(0.1)(images(2), (2, 2))
     with pytest.raises(ValueError, match=r"^model\.masking\.ratio 0\.9 hides every patch of a grid of 4$"):
         kind(0.9)(images(2), (2, 2))
-    assert kind(0.1)(images(2), (4, 4)).sum() == 2 * 2  # the same ratio on a grid that it fits
+    assert kind(0.1)(images(2), (4, 4)).tensor.sum() == 2 * 2  # the same ratio on a grid that it fits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_blocks_are_the_same_under_autocast(dtype: torch.dtype) -> None:
     """Their sums are whole numbers, of one row each, which 8 bits hold."""
     torch.manual_seed(0)
-    plain = BlockMasking(0.9)(images(100), (32, 32))
+    plain = BlockMasking(0.9)(images(100), (32, 32)).tensor
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=dtype):
         assert (torch.ones(1, 300) @ torch.ones(300, 1)).dtype == dtype
-        assert torch.equal(BlockMasking(0.9)(images(100), (32, 32)), plain)
+        assert torch.equal(BlockMasking(0.9)(images(100), (32, 32)).tensor, plain)
 
 
 @pytest.mark.parametrize("min_block", [0, -1])
@@ -315,7 +317,7 @@ def test_a_block_is_no_larger_than_what_is_hidden() -> None:
         ValueError, match=r"^model\.masking\.min_block is 17, but ratio 0\.25 hides only 16 patches of the grid: lower it, or"
     ):
         BlockMasking(0.25, min_block=17)(images(2), (8, 8))
-    assert BlockMasking(0.25, min_block=16)(images(2), (8, 8)).sum() == 2 * 16
+    assert BlockMasking(0.25, min_block=16)(images(2), (8, 8)).tensor.sum() == 2 * 16
 
 
 @pytest.mark.parametrize("min_aspect", [0, -0.3, 1.1, math.nan])
@@ -330,7 +332,7 @@ def test_the_smallest_block_scales_with_the_grid(grid_size: Grid, min_block: int
 
     def drawn(smallest: int | None) -> Tensor:
         torch.manual_seed(0)
-        return BlockMasking(0.4, min_block=smallest)(images(100), grid_size)
+        return BlockMasking(0.4, min_block=smallest)(images(100), grid_size).tensor
 
     assert torch.equal(drawn(None), drawn(min_block))
     if grid_size != (2, 3):  # with 2 of 6 patches to hide, blocks of 1 and 2 cannot be told apart
@@ -387,7 +389,7 @@ def test_a_pair_of_ratios_draws_one_for_each_batch(kind: type) -> None:
     masking = kind((0.1, 0.5))
     counts = []
     for _ in range(300):
-        hidden = masking(images(3), (14, 14)).flatten(1).sum(1)
+        hidden = masking(images(3), (14, 14)).tensor.flatten(1).sum(1)
         assert (hidden == hidden[0]).all()
         counts.append(int(hidden[0]))
     assert 20 <= min(counts) < 28

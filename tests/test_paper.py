@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import all_tokens
 from einops import rearrange, repeat
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from unimim import (
     InstanceNorm,
     LayerNorm,
     LinearHead,
+    Mask,
     MaskedImageModeling,
     MaskTokenStudent,
     MeanColorTarget,
@@ -233,10 +235,11 @@ def test_mae_is_transformers_mae(norm_pix_loss: bool) -> None:
     model.head.positions.copy_(positions)
     assert epsilons(model.student) == epsilons(model.head) == {1e-6}
     with torch.no_grad():
-        prediction = model.head(model.student(images, mask), mask, mask)
+        hidden = Mask(mask)
+        prediction = model.head(model.student(images, hidden), hidden, hidden)
         close(prediction, expected.logits[expected.mask.bool()])
         close(model.training_step(images, 0), expected.loss)
-        everywhere = model.head(model.student(images, mask), mask, torch.ones_like(mask))
+        everywhere = model.head(model.student(images, hidden), hidden, hidden.full())
     close(everywhere, expected.logits.flatten(0, 1))
     assert expected.loss > 0.5
 
@@ -286,7 +289,7 @@ def test_sincos_positions_are_added_before_patches_are_dropped() -> None:
     tokens = plain.patch_embed(scaled(images)) + sincos_by_hand(4, 4, 24)[1:]
     for image in range(2):
         visible = torch.cat([plain.cls_token[0], tokens[image][~mask[image]]])[None]
-        close(student(images, mask.view(2, 4, 4))[image], plain.norm(plain.blocks(visible))[0])
+        close(all_tokens(student(images, Mask(mask.view(2, 4, 4))))[image], plain.norm(plain.blocks(visible))[0])
 
 
 # --- BEiT ---------------------------------------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def test_beit_is_transformers_beit(shared: bool) -> None:
     load_all(model.head.linear, {kind: theirs.pop(f"lm_head.{kind}") for kind in KINDS}, {})
     load_all(model.student.backbone, ours, theirs)
     assert epsilons(model.student) == {1e-6}
-    selected = mask.view(2, 4, 4)
+    selected = Mask(mask.view(2, 4, 4))
     with torch.no_grad():
         close(model.head(model.student(images, selected), selected, selected), expected.logits[mask])
         close(model.training_step(images, 0), expected.loss)
@@ -362,10 +365,10 @@ def test_simmim_is_transformers_vit() -> None:
     images, mask = torch.rand(2, 3, 32, 32), some(9)
     with torch.no_grad():
         expected = reference(scaled(images), bool_masked_pos=mask)
-    selected = mask.view(2, 4, 4)
+    selected = Mask(mask.view(2, 4, 4))
     model = equation(
         teacher=PixelTarget(8),
-        masking=GivenMask(selected),
+        masking=GivenMask(selected.tensor),
         student=MaskTokenStudent("vit_tiny_patch16_224", TIMM),
         loss=nn.L1Loss(),
     )
@@ -395,10 +398,10 @@ def test_simmim_is_transformers_swin() -> None:
     )
     reference = noisy(SwinForMaskedImageModeling(config))
     images, mask = torch.rand(2, 3, 64, 64), some(38, cells=64)
-    selected = mask.view(2, 8, 8)
+    selected = Mask(mask.view(2, 8, 8))
     with torch.no_grad():
-        fine = repeat(selected, "b h w -> b (h p w q)", p=2, q=2)
-        assert torch.equal(fine.view(2, 16, 16)[:, 1::2, ::2], selected)
+        fine = repeat(selected.tensor, "b h w -> b (h p w q)", p=2, q=2)
+        assert torch.equal(fine.view(2, 16, 16)[:, 1::2, ::2], selected.tensor)
         expected = reference(scaled(images), bool_masked_pos=fine)
     model_args = {
         "img_size": 64,
@@ -411,7 +414,7 @@ def test_simmim_is_transformers_swin() -> None:
     }
     student = MaskTokenStudent("swin_tiny_patch4_window7_224", model_args)
     assert student.grid_size == (8, 8)
-    model = equation(teacher=PixelTarget(8), masking=GivenMask(selected), student=student, loss=nn.L1Loss())
+    model = equation(teacher=PixelTarget(8), masking=GivenMask(selected.tensor), student=student, loss=nn.L1Loss())
     theirs = dict(reference.state_dict())
     names = {
         "swin.embeddings.patch_embeddings.projection": "patch_embed.proj",
@@ -438,7 +441,7 @@ def test_simmim_is_transformers_swin() -> None:
 def test_simmims_masking_hides_units() -> None:
     """Thirty of the 49 cells of 32 pixels, each of two by two patches."""
     torch.manual_seed(1)
-    masks = RandomMasking(0.6123, unit=2)(torch.zeros(200, 3, 224, 224), (14, 14))
+    masks = RandomMasking(0.6123, unit=2)(torch.zeros(200, 3, 224, 224), (14, 14)).tensor
     assert masks.shape == (200, 14, 14)
     assert masks.dtype == torch.bool
     cells = torch.zeros(200, 7, 7)
@@ -451,9 +454,9 @@ def test_simmims_masking_hides_units() -> None:
     frequency = hidden.mean(0)  # each cell alike: 30/49 with a standard deviation of 0.035
     assert (frequency - 30 / 49).abs().max() < 5 * 0.035
     assert len(hidden.flatten(1).unique(dim=0)) == 200
-    ones = RandomMasking(0.6123)(torch.zeros(2, 3, 224, 224), (14, 14))
+    ones = RandomMasking(0.6123)(torch.zeros(2, 3, 224, 224), (14, 14)).tensor
     assert (ones.flatten(1).sum(1) == round(0.6123 * 196)).all()
-    wide = RandomMasking(0.5, unit=2)(torch.zeros(3, 3, 8, 8), (4, 6))
+    wide = RandomMasking(0.5, unit=2)(torch.zeros(3, 3, 8, 8), (4, 6)).tensor
     assert (wide.flatten(1).sum(1) == 12).all()
     blocks = rearrange(wide, "b (h p) (w q) -> b h w (p q)", p=2, q=2)
     assert torch.equal(blocks.all(-1), blocks.any(-1))
@@ -792,7 +795,7 @@ def test_data2vecs_target(name: str, model_args: dict, top: int) -> None:
 def test_data2vecs_teacher_sees_the_whole_image() -> None:
     """Even while the student works on a hidden one: the mask is not in the copy."""
     student = noisy(MaskTokenStudent("vit_tiny_patch16_224", DEEP))
-    images, mask = torch.rand(2, 3, 32, 32), some(9).view(2, 4, 4)
+    images, mask = torch.rand(2, 3, 32, 32), Mask(some(9).view(2, 4, 4))
     student(images, mask)
     target = EMATarget(top_blocks=2)
     target.attach(student)
@@ -803,7 +806,7 @@ def test_data2vecs_teacher_sees_the_whole_image() -> None:
     hook.remove()
     close(during[0], expected)
     close(target(images, (4, 4)), expected)
-    assert not torch.allclose(hidden, student(images, torch.zeros_like(mask)), atol=1e-2)
+    assert not torch.allclose(hidden.patches, student(images, Mask(torch.zeros_like(mask.tensor))).patches, atol=1e-2)
     assert not target(images, (4, 4)).requires_grad
 
 
@@ -892,11 +895,11 @@ def test_prototypes_are_a_weight_normalized_layer() -> None:
     student = noisy(MaskTokenStudent("vit_tiny_patch16_224", TIMM))
     head = noisy(PrototypeHead(student, GivenTarget(torch.zeros(0), 19), hidden=40, bottleneck=12))
     literal = literal_prototypes(head, (24, 40, 12, 19))
-    images, mask = torch.rand(2, 3, 32, 32), some(7).view(2, 4, 4)
+    images, mask = torch.rand(2, 3, 32, 32), Mask(some(7).view(2, 4, 4))
     tokens = student(images, mask)
-    for selected in (mask, ~mask, torch.ones_like(mask)):
+    for selected in (mask, ~mask, mask.full()):
         cosines = head(tokens, mask, selected)
-        close(cosines, literal(tokens[selected]))
+        close(cosines, literal(tokens.grid()[selected.tensor]))
         assert cosines.abs().max() <= 1 + 1e-6
 
 
@@ -910,7 +913,7 @@ def test_ibots_teacher_is_an_average_of_student_and_head() -> None:
     head = noisy(PrototypeHead(student, target, hidden=40, bottleneck=12))
     target.attach_head(head)
     images = torch.rand(2, 3, 32, 32)
-    nothing, everything = torch.zeros(2, 4, 4, dtype=torch.bool), torch.ones(2, 4, 4, dtype=torch.bool)
+    nothing, everything = Mask(torch.zeros(2, 4, 4, dtype=torch.bool)), Mask(torch.ones(2, 4, 4, dtype=torch.bool))
 
     def whole(student: MaskTokenStudent, head: PrototypeHead) -> Tensor:
         return head(student(images, nothing), nothing, everything).view(2, 4, 4, 19)
@@ -1002,7 +1005,8 @@ def test_prompting_decoder_by_hand() -> None:
     noisy(head)
     head.positions.copy_(torch.randn_like(head.positions))
     images, mask = torch.rand(3, 3, 32, 32), some(11, b=3)
-    tokens = student(images, mask.view(3, 4, 4))
+    given = student(images, Mask(mask.view(3, 4, 4)))
+    tokens = all_tokens(given)
     assert epsilons(head) == {1e-6}
     weights = head.state_dict()
     expected = torch.zeros(3, 16, 10)
@@ -1021,9 +1025,9 @@ def test_prompting_decoder_by_hand() -> None:
         together = torch.zeros(16, 16)
         together[hidden], together[~hidden] = x, fixed[1:]
         expected[image] = normed(weights, "norm", together) @ weights["predict.weight"].T + weights["predict.bias"]
-    grid = mask.view(3, 4, 4)
-    for selected in (grid, torch.ones_like(grid), ~grid, some(5, b=3).view(3, 4, 4)):
-        close(head(tokens, grid, selected), expected[selected.flatten(1)])
+    grid = Mask(mask.view(3, 4, 4))
+    for selected in (grid, grid.full(), ~grid, Mask(some(5, b=3).view(3, 4, 4))):
+        close(head(given, grid, selected), expected[selected.tensor.flatten(1)])
 
 
 class Attentive(TargetGenerator):
@@ -1075,7 +1079,7 @@ def test_attentive_masking_draws_without_replacement(ratio: float, kept: int) ->
     draws = 20_000
     masking = AttentiveMasking(ratio)
     masking.attach(Attentive(attention))
-    masks = masking(torch.zeros(draws, 3, 2, 3), (2, 3))
+    masks = masking(torch.zeros(draws, 3, 2, 3), (2, 3)).tensor
     assert masks.dtype == torch.bool
     assert masks.shape == (draws, 2, 3)
     assert (masks.flatten(1).sum(1) == 6 - kept).all()
@@ -1092,12 +1096,12 @@ def test_attentive_masking_hides_an_exact_count() -> None:
     attention = torch.rand(14, 14).mul(60).sub(60).exp()
     masking = AttentiveMasking(0.75)
     masking.attach(Attentive(attention))
-    masks = masking(torch.zeros(64, 3, 14, 14), (14, 14))
+    masks = masking(torch.zeros(64, 3, 14, 14), (14, 14)).tensor
     assert (masks.flatten(1).sum(1) == 147).all()
     assert not masks[:, attention == attention.max()].any()
     few = torch.rand(14, 14).argsort(1) < 2  # 28 patches get all of the attention, 49 stay
     masking.attach(Attentive(few / 28))
-    masks = masking(torch.zeros(64, 3, 14, 14), (14, 14))
+    masks = masking(torch.zeros(64, 3, 14, 14), (14, 14)).tensor
     assert (masks.flatten(1).sum(1) == 147).all()
     assert not masks[:, few].any()
     assert len(masks.flatten(1).unique(dim=0)) == 64

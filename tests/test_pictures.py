@@ -21,7 +21,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY, tiny_model, tiny_student
+from conftest import ROOT, TINY, all_tokens, tiny_model, tiny_student
 from einops import rearrange, reduce
 from PIL import Image
 from pytorch_lightning.demos.boring_classes import BoringModel
@@ -45,6 +45,7 @@ from unimim import (
     ImageFolderData,
     L2Norm,
     LayerNorm,
+    Mask,
     MaskedImageModeling,
     MaskTokenStudent,
     MeanColorTarget,
@@ -57,6 +58,7 @@ from unimim import (
     SeededSamples,
     SoftCrossEntropyLoss,
     TargetGenerator,
+    Tokens,
     TrainingBar,
 )
 from unimim.cli import main
@@ -195,13 +197,14 @@ def test_attention_of_every_encoder(kind: str) -> None:
     """The weights of the last block, by hand where a plain ViT has them; and what looks is what is read, no state stays."""
     student = tiny_student(kind).eval()
     images = torch.rand(2, 3, 32, 32)
-    before = student(images, torch.zeros(2, *student.grid_size, dtype=torch.bool))
+    nothing = Mask(torch.zeros(2, *student.grid_size, dtype=torch.bool))
+    before = student(images, nothing)
     attention = attention_map(student.backbone, images)
     features = encoder_features(student.backbone, images)
-    after = student(images, torch.zeros(2, *student.grid_size, dtype=torch.bool))
-    assert torch.equal(before, after)
+    after = student(images, nothing)
+    assert torch.equal(all_tokens(before), all_tokens(after))
     tokens = rearrange(features, "b h w d -> b (h w) d")
-    torch.testing.assert_close(tokens, after.flatten(1, 2) if after.ndim == 4 else after[:, student.num_prefix_tokens :])
+    torch.testing.assert_close(tokens, after.patches)
     if kind == "swin" and student.grid_size != (4, 4):
         assert attention is None
         return
@@ -247,8 +250,8 @@ class Oracle(nn.Module):
         target = model.normalization(model.teacher(images, model.student.grid_size))
         self.target = nn.functional.one_hot(target, model.teacher.dim).float() if target.dtype == torch.long else target
 
-    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        return self.target[selected]
+    def forward(self, tokens: Tokens, mask: Mask, selected: Mask) -> Tensor:
+        return self.target[selected.tensor]
 
 
 class Brightness(TargetGenerator):
@@ -305,10 +308,10 @@ def test_a_right_prediction_looks_as_its_target(name: str) -> None:
         assert picture.shape[:2] == (2, 3), caption
         assert 0 <= picture.min() <= picture.max() <= 1, caption
     captions = list(drawn)
-    assert captions[1] == f"M(x), what the student sees: {100 * mask.float().mean():.0f} % hidden"
+    assert captions[1] == f"M(x), what the student sees: {100 * mask.tensor.float().mean():.0f} % hidden"
     target, prediction = drawn[captions[2]], drawn[captions[3]]
-    assert torch.equal(drawn[captions[1]], covered(images, mask))
-    torch.testing.assert_close(prediction, covered(target, ~model.select(mask)))
+    assert torch.equal(drawn[captions[1]], covered(images, mask.tensor))
+    torch.testing.assert_close(prediction, covered(target, ~model.select(mask).tensor))
     assert target.std() > 0.01
     completed = [caption for caption in captions if caption.startswith("the images, completed")]
     assert [("TRUE mean and spread" in caption) for caption in completed] == {

@@ -23,6 +23,7 @@ from unimim import (
     LayerNorm,
     LinearHead,
     LinearProbe,
+    Mask,
     MaskedImageModeling,
     Masking,
     MaskTokenStudent,
@@ -60,12 +61,12 @@ def test_the_step_is_equation_one() -> None:
 
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     target = teacher((images - mean) / std)  # [b c h w]
-    tokens = model.student(images, mask)
+    tokens = model.student(images, mask).grid()
     terms = []
     for b in range(3):
         for i in range(4):
             for j in range(4):
-                if not mask[b, i, j]:
+                if not mask.tensor[b, i, j]:
                     continue
                 patch = target[b, :, i, j]
                 patch = (patch - patch.mean()) / torch.sqrt(((patch - patch.mean()) ** 2).mean() + 1e-6)
@@ -90,9 +91,9 @@ def test_the_mean_is_maes() -> None:
     pixels = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=8, q=8)
     patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
-    prediction = model.head(model.student(images, mask), mask, torch.ones_like(mask)).view(5, 16, -1)
+    prediction = model.head(model.student(images, mask), mask, mask.full()).view(5, 16, -1)
     per_patch = ((prediction - patches) ** 2).mean(-1)
-    flat = mask.flatten(1).float()
+    flat = mask.tensor.flatten(1).float()
     torch.testing.assert_close(loss, (per_patch * flat).sum() / flat.sum())
 
 
@@ -275,7 +276,7 @@ def test_parts_that_do_not_fit_fail_at_once() -> None:
     with pytest.raises(ValueError, match="hides no patch of a grid of 16"):
         tiny_model(masking=RandomMasking(0.01))
     with pytest.raises(ValueError, match="images are 16x16 pixels, but vit_tiny_patch16_224 was built for 32x32"):
-        tiny_model().student(torch.rand(2, 3, 16, 16), torch.zeros(2, 4, 4, dtype=torch.bool))
+        tiny_model().student(torch.rand(2, 3, 16, 16), Mask(torch.zeros(2, 4, 4, dtype=torch.bool)))
 
 
 def test_batches_that_do_not_fit_say_so(tmp_path: Path) -> None:
@@ -376,8 +377,8 @@ def test_a_part_that_a_subclass_adds_learns(tmp_path: Path) -> None:
             self.second = nn.Linear(self.student.embed_dim, 3)
 
         def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-            nothing = torch.zeros(len(images), *self.student.grid_size, dtype=torch.bool)
-            second = self.second(self.student(images, nothing)).square().mean()
+            nothing = Mask(torch.zeros(len(images), *self.student.grid_size, dtype=torch.bool))
+            second = self.second(self.student(images, nothing).patches).square().mean()
             self.log("train/second", second)
             return super().training_step(images, batch_idx) + second
 

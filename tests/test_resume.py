@@ -46,6 +46,7 @@ from unimim import (
     FeatureTarget,
     FineTuning,
     ImageFolderData,
+    Mask,
     PrototypeHead,
     ResumableSampler,
     ScenesData,
@@ -159,8 +160,8 @@ class Log(pl.Callback):
         if hasattr(pl_module, "masking"):
             pl_module.masking.register_forward_hook(self.see)
 
-    def see(self, module: nn.Module, inputs: Any, mask: Tensor) -> None:
-        self.mask = digest(mask)
+    def see(self, module: nn.Module, inputs: Any, mask: Mask) -> None:
+        self.mask = digest(mask.tensor)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.run.killed_at == trainer.fit_loop.total_batch_idx:

@@ -1,5 +1,6 @@
 """The benchmarks of a step in miniature: what they count and time, what they print, and that docs have a place for it."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +13,7 @@ from conftest import ROOT, narrow_recipe, tiny_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unimim import EMATarget, FeatureTarget, LayerNorm, Masking, MaskTokenStudent, cpu
-from unimim.selection import counted
+from unimim import EMATarget, FeatureTarget, LayerNorm, LinearHead, Mask, Masking, MaskTokenStudent, Term, cpu
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
@@ -35,20 +35,21 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Upper(Masking):
     """The upper half is hidden, whatever a training draws."""
 
-    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Mask:
         h, w = grid_size
         mask = torch.zeros(len(images), h, w, dtype=torch.bool)
         mask[:, : h // 2] = True
-        return counted(mask, h // 2 * w)
+        return Mask(mask, h // 2 * w)
 
 
-def vit_step() -> step.Step:
+def vit_step(**changes: object) -> step.Step:
     """A ViT with a teacher of its size, both small enough to count by hand."""
     model = tiny_model(
         teacher=FeatureTarget("vit_tiny_patch16_224", weights="random", model_args={**VIT, "global_pool": ""}),
         student=MaskTokenStudent("vit_tiny_patch16_224", VIT),
         normalization=LayerNorm(),
         masking=Upper(),
+        **changes,
     )
     return step.Step(model, torch.rand(BATCH, 3, 32, 32), step.trainer("cpu", "32-true", CLIP))
 
@@ -57,6 +58,8 @@ def test_dense_flops_are_counted_as_by_hand() -> None:
     embedding, head = 2 * PATCHES * 3 * 8 * 8 * WIDTH, 2 * PATCHES * WIDTH * WIDTH
     network = embedding + DEPTH * (LINEAR + ATTENTION)
     assert step.dense_flops(vit_step()) == BATCH * (4 * network + 3 * head)
+    second = Term("first", LayerNorm(), LinearHead, nn.MSELoss(), selection="visible")
+    assert step.dense_flops(vit_step(terms={"second": second})) == BATCH * (4 * network + 2 * 3 * head)
 
 
 def test_the_teacher_counts_where_the_masking_asks_it(tmp_path: Path) -> None:
@@ -70,6 +73,23 @@ def test_the_teacher_counts_where_the_masking_asks_it(tmp_path: Path) -> None:
     del model.teacher.forward
     assert milan.split()["teacher"] > 0
     assert "forward" not in vars(model.teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers", "heads"), [("beitv2_cls_vit_base", 1, 2), ("ibot_cls_vit_small", 1, 2), ("medic_vit_base", 2, 3)]
+)
+def test_all_terms_count(name: str, teachers: int, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one whenever it is read, seconds are calls. A head that another head calls is a part of it."""
+    model = step.built(str(narrow_recipe(ROOT / "conf" / "pretrain" / f"{name}.yaml", tmp_path)))
+    several = step.Step(model, torch.rand(1, 3, *model.student.image_size), step.trainer("cpu", "32-true"))
+    learning = {id(parameter) for group in several.optimizer.param_groups for parameter in group["params"]}
+    assert learning == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    ticks = itertools.count()
+    monkeypatch.setattr(step, "perf_counter", lambda: next(ticks))
+    seconds = several.split()
+    calls = {"teacher": teachers, "student forward": 1, "head forward": heads, "backward": 1, "optimizer": 1}
+    assert {part: seconds[part] for part in step.PARTS} == calls
+    assert not {"forward", "forward_image", "forward_both"} & {key for part in several.parts() for key in vars(part)}
 
 
 def test_multiplications_are_all_of_the_steps() -> None:

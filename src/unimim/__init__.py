@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unimim.fitting import LoadReport as LoadReport
     from unimim.heads import DecoderHead as DecoderHead
     from unimim.heads import LinearHead as LinearHead
+    from unimim.heads import PatchAggregationHead as PatchAggregationHead
     from unimim.heads import PromptingDecoderHead as PromptingDecoderHead
     from unimim.heads import PrototypeHead as PrototypeHead
     from unimim.interfaces import Frozen as Frozen
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from unimim.interfaces import TargetGenerator as TargetGenerator
     from unimim.losses import CosineLoss as CosineLoss
     from unimim.losses import SoftCrossEntropyLoss as SoftCrossEntropyLoss
+    from unimim.mask import Mask as Mask
+    from unimim.mask import WholeImage as WholeImage
     from unimim.masking import AttentiveMasking as AttentiveMasking
     from unimim.masking import BlockMasking as BlockMasking
     from unimim.masking import NoMasking as NoMasking
@@ -64,6 +67,8 @@ if TYPE_CHECKING:
     from unimim.targets.pixels import PixelTarget as PixelTarget
     from unimim.targets.tokens import CodebookTarget as CodebookTarget
     from unimim.targets.tokens import VQKDTarget as VQKDTarget
+    from unimim.term import Term as Term
+    from unimim.tokens import Tokens as Tokens
     from unimim.upernet import FCNHead as FCNHead
     from unimim.upernet import FeaturePyramid as FeaturePyramid
     from unimim.upernet import UperNetHead as UperNetHead
@@ -74,6 +79,7 @@ MODULE_OF = {
     "AttentiveMasking": "masking",
     "AttentiveProbe": "probing",
     "BlockMasking": "masking",
+    "CPUPrecision": "cpu",
     "CachedTarget": "targets.cache",
     "CenteredSoftmax": "normalizations",
     "ClassFolderData": "data.classification",
@@ -101,31 +107,35 @@ MODULE_OF = {
     "LinearHead": "heads",
     "LinearProbe": "probing",
     "LoadReport": "fitting",
+    "Mask": "mask",
     "MaskTokenStudent": "students",
     "MaskedImageModeling": "pretraining",
     "Masking": "interfaces",
     "MeanColorTarget": "targets.color",
     "NoMasking": "masking",
+    "PatchAggregationHead": "heads",
     "PictureCallback": "callbacks",
     "PixelTarget": "targets.pixels",
     "PromptingDecoderHead": "heads",
     "PrototypeHead": "heads",
     "RandomMasking": "masking",
-    "ScenesData": "data.scenes",
     "ResumableSampler": "randomness",
+    "ScenesData": "data.scenes",
     "SeededSamples": "randomness",
     "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
-    "CPUPrecision": "cpu",
     "StopOnSignal": "faults",
     "Student": "interfaces",
     "TargetGenerator": "interfaces",
+    "Term": "term",
+    "Tokens": "tokens",
     "TrainingBar": "callbacks",
     "UperNetHead": "upernet",
     "UperNetSegmentation": "segmentation",
     "UserError": "errors",
     "VQKDTarget": "targets.tokens",
     "VisibleStudent": "students",
+    "WholeImage": "mask",
     "export": "checkpoint",
     "load_backbone": "checkpoint",
 }

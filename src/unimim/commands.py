@@ -24,6 +24,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from jsonargparse import ActionYesNo, Namespace
+from jsonargparse.typing import register_type
 from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.cloud_io import get_filesystem
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
@@ -46,7 +47,7 @@ from unimim.knn import knn as nearest_neighbours
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.lightning import RunsSubcommand, cluster_environment, kill_at_exit, parser_of
 from unimim.monitoring import CheckMonitors, why_unsaved
-from unimim.pretraining import CLASSIFICATION, REGRESSION, MaskedImageModeling, print_once
+from unimim.pretraining import MaskedImageModeling, print_once
 from unimim.printing import printable
 from unimim.probing import Feature, Probe, accuracy, extract_features
 from unimim.saving import (
@@ -65,6 +66,8 @@ from unimim.saving import (
 )
 from unimim.segmentation import UperNetSegmentation
 from unimim.targets import CachedTarget
+from unimim.term import TermName
+from unimim.trial import CLASSIFICATION, REGRESSION
 from unimim.written import naming, remove_dead
 
 LETTER_TYPES: dict[str, type] = {
@@ -76,6 +79,8 @@ LETTER_TYPES: dict[str, type] = {
     "data": pl.LightningDataModule,
     "model": Probe,
 }
+register_type(TermName, serializer=lambda name: str(TermName(name)), deserializer=TermName)
+
 CHOSEN = "UNIMIM_RESUME"
 """The variable in which a process tells those that it starts what `--resume auto` found, after its own id."""
 FREE = {"model": ("max_skipped_updates", "checkpointing", "compiled"), "data": ("batch_size", "num_workers", "timeout")}
@@ -558,14 +563,22 @@ class PretrainCLI(TaskCLI):
             )
 
     def read_from_cache(self, config: Namespace) -> None:
-        """Puts the teacher into a `CachedTarget` if there is a --cache, also in the configuration that is saved."""
+        """Puts the teachers into a `CachedTarget` each if there is a --cache, also in the configuration that is saved.
+
+        The targets of a further term lie in a folder of its name within that of the first.
+        """
         if config.cache is not None:
-            if config.model.teacher.class_path.endswith("CachedTarget"):
-                sys.exit("unimim: error: --cache: model.teacher is a CachedTarget already, leave --cache out")
-            views = {} if config.views is None else {"views": config.views}
-            arguments = {name: known.default for name, known in inspect.signature(CachedTarget).parameters.items()}
-            arguments |= {"teacher": config.model.teacher, "folder": config.cache, **views}
-            config.model.teacher = Namespace(class_path="unimim.CachedTarget", init_args=Namespace(arguments))
+            terms = {name: term.init_args for name, term in (config.model.get("terms") or {}).items()}
+            for name, owner in {"": config.model, **terms}.items():
+                if isinstance(owner.teacher, str):  # it is that of another term
+                    continue
+                if owner.teacher.class_path.endswith("CachedTarget"):
+                    key = f"model.terms.{name}.teacher" if name else "model.teacher"
+                    sys.exit(f"unimim: error: --cache: {key} is a CachedTarget already, leave --cache out")
+                views = {} if config.views is None else {"views": config.views}
+                arguments = {argument: known.default for argument, known in inspect.signature(CachedTarget).parameters.items()}
+                arguments |= {"teacher": owner.teacher, "folder": str(Path(config.cache, name)), **views}
+                owner.teacher = Namespace(class_path="unimim.CachedTarget", init_args=Namespace(arguments))
         elif config.views is not None:
             sys.exit("unimim: error: --views is for a cache: give --cache FOLDER")
         config.cache = config.views = None
@@ -1052,12 +1065,12 @@ def without_namespaces(value: Any) -> Any:
 
 
 def parts(config: Any, path: str) -> Iterator[tuple[str, Namespace]]:
-    """Every class in a parsed configuration, with the path of its key."""
-    if isinstance(config, Namespace):
-        if "class_path" in config and isinstance(config.get("init_args"), Namespace):
-            yield path, config
-            config = config.init_args
-        for key, value in vars(config).items():
+    """Yields every class in a parsed configuration, with the path of its key."""
+    if isinstance(config, Namespace) and "class_path" in config and isinstance(config.get("init_args"), Namespace):
+        yield path, config
+        config = config.init_args
+    if isinstance(config, (Namespace, dict)):
+        for key, value in (vars(config) if isinstance(config, Namespace) else config).items():
             yield from parts(value, f"{path}.{key}")
 
 

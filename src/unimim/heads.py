@@ -1,11 +1,15 @@
 """H, the head: from the student's tokens to predictions at the selected patches."""
 
+import copy
+import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -14,8 +18,9 @@ from torch.nn import functional as F
 from unimim.errors import UserError
 from unimim.initialization import OfHead, check_init, initialize_head
 from unimim.interfaces import Head, Student, TargetGenerator, check_positive
+from unimim.mask import Mask, Selection
 from unimim.positions import sincos_positions
-from unimim.selection import count_of, inverse, pick, places, put, rows
+from unimim.tokens import Tokens
 
 
 class LinearHead(Head):
@@ -32,15 +37,14 @@ class LinearHead(Head):
 
     def __init__(self, student: Student, target: TargetGenerator, init: OfHead = "student") -> None:
         super().__init__(student, target)
-        self.num_prefix_tokens = student.num_prefix_tokens
         self.linear = nn.Linear(student.embed_dim, target.dim)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
         begin(self, student, init)
 
-    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> [m c]"""
-        prediction: Tensor = self.linear(tokens_at(tokens, mask, selected, self.num_prefix_tokens))
+    def forward(self, tokens: Tokens, mask: Mask, selected: Selection) -> Tensor:
+        """Tokens [b p+n d], hidden patches, selected ones -> [m c]; of the whole image, from CLS, [b c]"""
+        prediction: Tensor = self.linear(tokens.of(selected))
         return prediction
 
 
@@ -68,7 +72,6 @@ class PrototypeHead(Head):
     ) -> None:
         super().__init__(student, target)
         check_positive("model.head", hidden=hidden, bottleneck=bottleneck)
-        self.num_prefix_tokens = student.num_prefix_tokens
         widths = (student.embed_dim, hidden, hidden, bottleneck)
         layers = [nn.Linear(width, following) for width, following in pairwise(widths)]
         self.mlp = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
@@ -79,9 +82,9 @@ class PrototypeHead(Head):
         nn.init.normal_(self.prototypes)
         begin(self, student, init)
 
-    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        """[b h w d], or [b prefix+visible d], bool [b h w], bool [b h w] -> cosines [m c]"""
-        projected = self.mlp(tokens_at(tokens, mask, selected, self.num_prefix_tokens))
+    def forward(self, tokens: Tokens, mask: Mask, selected: Selection) -> Tensor:
+        """Tokens [b p+n d], hidden patches, selected ones -> cosines [m c]; of the whole image, from CLS, [b c]"""
+        projected = self.mlp(tokens.of(selected))
         return F.linear(F.normalize(projected, dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
@@ -114,6 +117,7 @@ class Decoder(Head):
         check_positive("model.head", width=width, depth=depth, num_heads=num_heads)
         if width % num_heads:
             raise UserError(f"model.head: width {width} is no multiple of num_heads {num_heads}")
+        self.drops_patches = student.drops_patches
         self.num_prefix_tokens = student.num_prefix_tokens if student.drops_patches else 0
         self.embed = nn.Linear(student.embed_dim, width)
         positions = sincos_positions(width, student.grid_size, self.num_prefix_tokens)
@@ -133,20 +137,21 @@ class Decoder(Head):
         """One block."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Through all blocks: [b prefix+n width], bool [b h w] -> [b prefix+n width]"""
+    def decode(self, tokens: Tensor, mask: Mask) -> Tensor:
+        """Through all blocks: [b prefix+n width], hidden patches -> [b prefix+n width]"""
 
-    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        """[b prefix+visible d], or [b h w d], bool [b h w], bool [b h w] -> [m c]"""
-        tokens = self.embed(tokens)
-        if tokens.ndim == 4:
-            tokens = rearrange(tokens, "b h w d -> b (h w) d")
-        else:
-            tokens = with_mask_tokens(tokens, mask, self.mask_token, self.num_prefix_tokens)
-        tokens = self.decode(tokens + self.positions, mask)[:, self.num_prefix_tokens :]
-        h, w = mask.shape[1:]
-        tokens = pick(rearrange(tokens, "b (h w) d -> b h w d", h=h, w=w), selected)
-        prediction: Tensor = self.predict(self.norm(tokens))
+    def forward(self, tokens: Tokens, mask: Mask, selected: Selection) -> Tensor:
+        """Tokens [b p+n d], hidden patches, selected ones -> [m c]; of the whole image, from the decoder's CLS, [b c]"""
+        count = self.num_prefix_tokens
+        prefix, patches = tokens.prefix[:, :count], tokens.patches
+        embedded = self.embed(torch.cat([prefix, patches], dim=1))
+        if self.drops_patches:
+            prefix, patches = embedded[:, :count], embedded[:, count:]
+            hidden = repeat(self.mask_token.to(patches.dtype), "d -> b n d", b=len(patches), n=mask.cells)
+            embedded = torch.cat([prefix, tokens.where.put(hidden, patches)], dim=1)
+        decoded = self.decode(embedded + self.positions, mask)
+        decoded = Tokens(decoded[:, :count], decoded[:, count:], mask.full()).of(selected)
+        prediction: Tensor = self.predict(self.norm(decoded))
         return prediction
 
 
@@ -168,8 +173,8 @@ class DecoderHead(Decoder):
         """timm's, as in MAE's official code."""
         return Block(width, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
 
-    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""
+    def decode(self, tokens: Tensor, mask: Mask) -> Tensor:
+        """[b prefix+n width], hidden patches -> [b prefix+n width]"""
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
@@ -210,15 +215,14 @@ class PromptingDecoderHead(Decoder):
         """MILAN's."""
         return PromptingBlock(width, num_heads)
 
-    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """[b prefix+n width], bool [b h w] -> [b prefix+n width]"""
-        prefix, (b, h, w) = self.num_prefix_tokens, mask.shape
-        patches = rearrange(tokens[:, prefix:], "b (h w) d -> b h w d", h=h, w=w)
-        asking, visible = (rearrange(pick(patches, of), "(b n) d -> b n d", b=b) for of in (mask, inverse(mask)))
-        fixed = torch.cat([tokens[:, :prefix], visible], dim=1)
+    def decode(self, tokens: Tensor, mask: Mask) -> Tensor:
+        """[b prefix+n width], hidden patches -> [b prefix+n width]"""
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        asking = mask.take(patches)
+        fixed = torch.cat([prefix, (~mask).take(patches)], dim=1)
         for block in self.blocks:
             asking = block(asking, fixed)
-        return put(tokens, rows(places(mask, asking.shape[1]), tokens.shape[1], prefix), asking)
+        return torch.cat([prefix, mask.put(patches, asking)], dim=1)
 
 
 class PromptingBlock(nn.Module):
@@ -245,6 +249,112 @@ class PromptingBlock(nn.Module):
         return updated
 
 
+class PatchAggregationHead(Head):
+    """BEiT v2's second head (Peng et al., 2022): a few blocks over the patches of an earlier block and the last CLS.
+
+    The patches know only what the earlier block knew, so what the later blocks have learned of the image has to come through
+    CLS. The blocks are like the backbone's own that follow the earlier one. Source: microsoft/unilm@80d673a,
+    beit2/modeling_pretrain.py.
+
+    Args:
+        student: gives the blocks, whose layers begin as torch's, rescaled by depth, and its shared bias table.
+        target: gives c, the channels to predict.
+        block: index of the earlier block (BEiT v2 of 12 blocks: 8, the ninth).
+        depth: how many blocks the head has (BEiT v2: 2).
+        projection: the name of the earlier term whose head makes the prediction, behind the student's own norm (BEiT v2:
+            "first"); None for a norm and a linear layer of its own.
+        init: how a linear layer of its own begins, by its name in `unimim.initialization`; "student" is the student's way.
+
+    Raises:
+        ValueError: the student has no CLS or no plain blocks, or there is no such block or no head of that name.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        target: TargetGenerator,
+        block: int = 8,
+        depth: int = 2,
+        projection: str | None = "first",
+        init: OfHead = "student",
+    ) -> None:
+        super().__init__(student, target)
+        check_positive("model.head", depth=depth)
+        blocks = list(getattr(student.backbone, "blocks", []))
+        if not student.num_prefix_tokens or getattr(student.backbone, "rope", None) is not None or not blocks:
+            raise UserError("model.head: PatchAggregationHead needs a student with CLS and plain blocks: a ViT or BEiT of timm")
+        if not 0 <= block < len(blocks) - 1:
+            raise UserError(
+                f"model.head.block is {block}, but an earlier block of this student is one of 0 to {len(blocks) - 2}"
+            )
+        self.block, self.last = block, len(blocks) - 1
+        self.student_blocks = block, self.last
+        self.blocks = nn.ModuleList(
+            new_block(blocks[min(block + number, self.last)], block + number + 1) for number in range(1, depth + 1)
+        )
+        self.projection = projection
+        self.uses_student = projection is not None or getattr(student.backbone, "rel_pos_bias", None) is not None
+        self.borrowed = Borrowed(student if self.uses_student else None)
+        if projection is None:
+            self.norm = copy.deepcopy(student.backbone.norm)
+            self.linear = nn.Linear(student.embed_dim, target.dim)
+            nn.init.trunc_normal_(self.linear.weight, std=0.02)
+            nn.init.zeros_(self.linear.bias)
+            check_init("model.head.init", init, OfHead)
+            initialize_head(self.linear, student.init if init == "student" else init)
+
+    def attach(self, heads: Mapping[str, Head]) -> None:
+        """Takes the head that projects."""
+        if self.projection is None:
+            return
+        if self.projection not in heads:
+            raise UserError(f"model.head.projection is {self.projection!r}, but the terms before it are {', '.join(heads)}")
+        self.borrowed.head = heads[self.projection]
+
+    def forward(self, tokens: Tokens, mask: Mask, selected: Selection) -> Tensor:
+        """Tokens [b p+n d], hidden patches, selected ones -> [m c]; of the whole image, from CLS, [b c]"""
+        early, last = tokens.blocks[self.block], tokens.blocks[self.last]
+        count = last.prefix.shape[1]
+        x = torch.cat([last.prefix, early.patches], dim=1)
+        backbone: Any = getattr(self.borrowed.student, "backbone", None)
+        bias = getattr(backbone, "rel_pos_bias", None)
+        shared = {} if bias is None else {"shared_rel_pos_bias": bias()}
+        for block in self.blocks:
+            x = block(x, **shared)
+        if self.borrowed.head is None:
+            prediction: Tensor = self.linear(self.norm(Tokens(x[:, :count], x[:, count:], early.where).of(selected)))
+            return prediction
+        x = backbone.norm(x)
+        projected: Tensor = self.borrowed.head(Tokens(x[:, :count], x[:, count:], early.where), mask, selected)
+        return projected
+
+
+class Borrowed:
+    """Holds modules that others own. It is no `nn.Module`, so that they are registered once.
+
+    Args:
+        student: whose norm and bias table a head uses, if it uses any.
+    """
+
+    def __init__(self, student: Student | None) -> None:
+        self.student: Any = student
+        self.head: Head | None = None
+
+
+def new_block(block: nn.Module, number: int) -> nn.Module:
+    """Copies a block of a backbone, with weights that begin anew: torch's own, attn.proj and mlp.fc2 divided by sqrt(2 number).
+
+    In BEiT v2's code these blocks are made after the weights of the others have been drawn, so that they keep torch's.
+    """
+    copied: Any = copy.deepcopy(block)
+    for module in copied.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
+    for layer in (copied.attn.proj, copied.mlp.fc2):
+        layer.weight.detach().div_(math.sqrt(2 * number))
+    return copied
+
+
 def begin(head: Head, student: Student, init: OfHead) -> None:
     """Gives a head its first weights, those of `init`, which may be the student's.
 
@@ -253,33 +363,6 @@ def begin(head: Head, student: Student, init: OfHead) -> None:
     """
     check_init("model.head.init", init, OfHead)
     initialize_head(head, student.init if init == "student" else init)
-
-
-def tokens_at(tokens: Tensor, mask: Tensor, selected: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The selected patches' own tokens: [b h w d], or [b prefix+visible d] -> [m d].
-
-    Raises:
-        ValueError: a hidden patch is selected, of which a student that drops patches has no token. (Looked for on a CPU, so
-            at least when the model is built: elsewhere a look waits for the device.)
-    """
-    if tokens.ndim == 4:
-        return pick(tokens, selected)
-    if selected.device.type == "cpu" and (selected & mask).any():
-        raise UserError(
-            "the student drops the hidden patches, so a head without a decoder cannot predict them: set model.head to "
-            "DecoderHead, or model.selection to visible"
-        )
-    visible = rearrange(tokens[:, num_prefix_tokens:], "b n d -> (b n) d")
-    every = count_of(selected) == tokens.shape[1] - num_prefix_tokens  # what is selected is visible: these are all of them
-    return visible if every else visible[selected[~mask]]
-
-
-def with_mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, num_prefix_tokens: int) -> Tensor:
-    """[b prefix+visible d] -> [b prefix+n d] in the grid's order, the mask token at each hidden patch."""
-    prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-    everywhere = repeat(mask_token.to(tokens.dtype), "d -> b n d", b=len(tokens), n=mask[0].numel())
-    at = rows(places(~mask, visible.shape[1]), mask[0].numel())
-    return torch.cat([prefix, put(everywhere, at, visible)], dim=1)
 
 
 def norm(width: int) -> nn.LayerNorm:

@@ -11,7 +11,7 @@ channels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,10 +20,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimim.backbones import check_object, create_backbone
+from unimim.backbones import check_object
 from unimim.batches import check_images
 from unimim.errors import UserError
-from unimim.pictures import code_colors, principal_components
+from unimim.mask import Mask, Selection
+from unimim.tokens import Tokens
 
 Grid = tuple[int, int]
 """(h, w) of a patch grid, or (H, W) of an image in pixels."""
@@ -101,6 +102,25 @@ class TargetGenerator(nn.Module, ABC):
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] with pixels in [0, 1] -> float [b h w c], or long [b h w] for discrete tokens."""
 
+    def forward_image(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """Gives the target of the whole image, which a term with the selection `image` asks for.
+
+        [b 3 H W] in [0, 1] -> float [b c], or long [b]. `grid_size` is the student's, as in `forward`.
+
+        A target that is only of images gives it in `forward` already.
+
+        Raises:
+            ValueError: this target is of patches only.
+        """
+        target: Tensor = self(images, grid_size)
+        if target.ndim != (1 if target.dtype == torch.long else 2):
+            raise UserError(f"{type(self).__name__} gives no target of the whole image, which selection 'image' needs")
+        return target
+
+    def forward_both(self, images: Tensor, grid_size: Grid) -> tuple[Tensor, Tensor]:
+        """Gives `forward` and `forward_image`, for terms that share this teacher; a network runs once for both."""
+        return self(images, grid_size), self.forward_image(images, grid_size)
+
     def attach(self, student: "Student") -> None:
         """Called once, before training. An EMA teacher copies the student's backbone here and sets `dim`."""
 
@@ -122,20 +142,6 @@ class TargetGenerator(nn.Module, ABC):
         """Whether it changes as the student learns."""
         hooks = ("attach", "attach_head", "update")
         return any(getattr(type(self), hook) is not getattr(TargetGenerator, hook) for hook in hooks)
-
-    def picture(self, values: Tensor, target: Tensor) -> Tensor:
-        """The target itself, or a prediction of it, as a person can look at it: -> [b 3 H' W'] in [0, 1].
-
-        The first three principal components of the target, or a colour for each code. A target that is seen better another
-        way has its own.
-
-        Args:
-            values: float [b h w c]; of a discrete target codes [b h w], or logits [b h w codes].
-            target: float [b h w c] or long [b h w], which decides what a colour means.
-        """
-        if target.dtype == torch.long:
-            return code_colors(values if values.dtype == torch.long else values.argmax(-1))
-        return principal_components(values, target)
 
     def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
         """The images that a prediction means, with N taken back: -> [b 3 H W] in [0, 1]; None where a target is no image.
@@ -187,30 +193,52 @@ class Masking(nn.Module, ABC):
     """M: which patches the student does not see."""
 
     @abstractmethod
-    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
-        """[b 3 H W] -> bool [b h w] on the images' device, True = hidden, the same count in every image of every batch."""
+    def forward(self, images: Tensor, grid_size: Grid) -> Mask | Tensor:
+        """[b 3 H W] -> the hidden patches [b h w], on the images' device, the same count in every image of a batch.
+
+        A bool tensor [b h w], True = hidden, does as well; whoever calls the masking gets a `Mask` of it.
+        """
+
+    def __call__(self, images: Tensor, grid_size: Grid) -> Mask:
+        """Calls `forward`.
+
+        Raises:
+            ValueError: it gives neither a mask nor a bool tensor [b h w] with one count in all images.
+        """
+        made = super().__call__(images, grid_size)
+        return made if isinstance(made, Mask) else Mask(made)
 
     def attach(self, teacher: TargetGenerator) -> None:
         """Called once, before training, for a masking that samples by the teacher's attention."""
 
 
 class Student(nn.Module, ABC):
-    """S: a timm backbone that sees the corrupted image. The backbone is what pretraining is for; it stays timm's own.
+    """S: an encoder that sees the corrupted image. `MaskTokenStudent` and `VisibleStudent` make one of a timm model.
+
+    A student of yours sets `backbone`, the encoder that pretraining is for, and says the sizes of its grid and tokens.
 
     Args:
-        backbone: a timm name; built with `global_pool=''` and `num_classes=0`, so that it ends in its final norm.
-        model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
-        mean: of the pixels in [0, 1], by which they are normalized. It also becomes the `mean` of `backbone.pretrained_cfg`, so
-            that whoever gets the backbone feeds it the same.
+        mean: of the pixels in [0, 1], by which they are normalized.
         std: their standard deviation, likewise.
 
     Raises:
-        ValueError: timm has no such name, the model does not take these arguments, its image is not a whole number of
-            patches, or mean and std are not those of pixels in [0, 1].
+        ValueError: mean and std are not those of pixels in [0, 1].
     """
 
+    backbone: Any
+    """The encoder; its `forward_features` takes normalized images [b 3 H W]."""
+    image_size: Grid
+    """(H, W) in pixels."""
+    grid_size: Grid
+    """(h, w) of the tokens that come out, in patches."""
+    embed_dim: int
+    """d"""
+    num_prefix_tokens: int
+    """CLS and register tokens, which come before the patch tokens; hierarchical backbones have none."""
     drops_patches: bool = False
-    """Whether the tokens are those of the visible patches only, [b prefix+visible d]."""
+    """Whether only the visible patches have tokens."""
+    blocks: tuple[int, ...] = ()
+    """The earlier blocks whose tokens come out too, because a head asks for them."""
     init: str = "timm"
     """How the weights began, by its name in `unimim.initialization`, which heads follow."""
     decayed: tuple[str, ...] = ()
@@ -218,54 +246,24 @@ class Student(nn.Module, ABC):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        backbone: str,
-        model_args: dict[str, Any] | None = None,
-        mean: RGB = IMAGENET_DEFAULT_MEAN,
-        std: RGB = IMAGENET_DEFAULT_STD,
-    ) -> None:
+    def __init__(self, mean: RGB = IMAGENET_DEFAULT_MEAN, std: RGB = IMAGENET_DEFAULT_STD) -> None:
         super().__init__()
-        self.name = backbone
-        self.model_args = dict(model_args or {})
-        if taken := [key for key in ("num_classes", "global_pool", "patch_drop_rate") if key in self.model_args]:
-            raise UserError(
-                f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier, and masking "
-                f"is model.masking's"
-            )
-        self.backbone: Any = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
-        if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
-            raise UserError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
         check_statistics("model.student", mean, std)
-        self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        reduction = self.backbone.feature_info[-1]["reduction"]
-        if any(side % reduction for side in self.image_size):
-            given = "x".join(map(str, self.image_size))
-            raise UserError(f"{backbone} with img_size {given}: that is no whole number of its patches of {reduction} pixels")
 
-    @property
-    def image_size(self) -> Grid:
-        """(H, W) in pixels."""
-        height, width = self.backbone.patch_embed.img_size
-        return height, width
+    @abstractmethod
+    def forward(self, images: Tensor, mask: Mask) -> Tokens:
+        """[b 3 H W] in [0, 1], the hidden patches -> tokens [b p+n d] of all patches, or of the visible ones."""
 
-    @property
-    def grid_size(self) -> Grid:
-        """(h, w) of the tokens that come out, in patches."""
-        reduction = self.backbone.feature_info[-1]["reduction"]
-        return self.image_size[0] // reduction, self.image_size[1] // reduction
+    def ask(self, blocks: Sequence[int]) -> None:
+        """Called once for each head, with the earlier blocks whose tokens it needs.
 
-    @property
-    def embed_dim(self) -> int:
-        """d"""
-        return int(self.backbone.num_features)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """CLS and register tokens, which come before the patch tokens; hierarchical backbones have none."""
-        return getattr(self.backbone, "num_prefix_tokens", 0)
+        Raises:
+            ValueError: this student has no such blocks.
+        """
+        if blocks:
+            raise UserError(f"model.head asks for blocks {list(blocks)}, and {type(self).__name__} gives only its last tokens")
 
     def check_image_size(self, images: Tensor) -> None:
         """
@@ -273,21 +271,17 @@ class Student(nn.Module, ABC):
             ValueError: the images [b 3 H W] are not of the size that the backbone was built for; or as `check_images`.
         """
         check_images(images)
-        if tuple(images.shape[-2:]) != self.image_size:
+        if tuple(images.shape[-2:]) != tuple(self.image_size):
             given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.image_size))
             raise UserError(
-                f"the images are {given} pixels, but {self.name} was built for {built}: set data.image_size, or "
-                f"img_size in model.student.model_args"
+                f"the images are {given} pixels, but {getattr(self, 'name', type(self).__name__)} was built for {built}: set "
+                f"data.image_size, or img_size in model.student.model_args"
             )
 
     def normalize(self, images: Tensor) -> Tensor:
         """[b 3 H W] in [0, 1] -> [b 3 H W] by `mean` and `std`."""
         self.check_image_size(images)
         return (images - self.mean) / self.std
-
-    @abstractmethod
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1], bool [b h w] -> tokens: [b h w d], or [b prefix+visible d] of a student that drops."""
 
 
 class Head(nn.Module, ABC):
@@ -298,6 +292,10 @@ class Head(nn.Module, ABC):
         target: gives c, the channels of the target.
     """
 
+    student_blocks: tuple[int, ...] = ()
+    """The student's blocks, by index, whose tokens it takes beside the last ones: `tokens.blocks[index]`."""
+    uses_student: bool = False
+    """Whether it computes with modules of the student, which shards keep apart."""
     decayed: tuple[str, ...] = ()
     """The tokens that get weight decay: a decoder's mask token, where the student says so."""
 
@@ -305,6 +303,9 @@ class Head(nn.Module, ABC):
     def __init__(self, student: Student, target: TargetGenerator) -> None:
         super().__init__()
 
+    def attach(self, heads: "Mapping[str, Head]") -> None:
+        """Called once, with the heads of the earlier terms by name, for a head that uses one of them."""
+
     @abstractmethod
-    def forward(self, tokens: Tensor, mask: Tensor, selected: Tensor) -> Tensor:
-        """Tokens of the student, bool [b h w], bool [b h w] -> [m c], in row-major order of the selected patches."""
+    def forward(self, tokens: Tokens, mask: Mask, selected: Selection) -> Tensor:
+        """Tokens [b p+n d], hidden patches, selected ones -> [m c], in row-major order of these; [b c] of the whole image."""

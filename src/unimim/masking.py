@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unimim.errors import UserError
 from unimim.interfaces import Grid, Masking, TargetGenerator
-from unimim.selection import counted
+from unimim.mask import Mask
 
 Ratio = float | tuple[float, float]
 """A share of patches in (0, 1), or the ends of an interval from which one is drawn for each batch."""
@@ -83,7 +83,7 @@ class RandomMasking(Masking):
         self.ratio = ratio
         self.unit = unit
 
-    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+    def forward(self, images: Tensor, grid_size: Grid) -> Mask:
         h, w = grid_size
         if h % self.unit or w % self.unit:
             raise UserError(
@@ -93,7 +93,7 @@ class RandomMasking(Masking):
         scores = torch.rand(len(images), h * w, device=images.device)
         count = drawn_count(self.ratio, h * w)
         mask = repeat(highest(scores, count), "b (h w) -> b (h p) (w q)", h=h, p=self.unit, q=self.unit)
-        return counted(mask, count * self.unit**2)
+        return Mask(mask, count * self.unit**2)
 
 
 class BlockMasking(Masking):
@@ -128,7 +128,7 @@ class BlockMasking(Masking):
         self.min_block = min_block
         self.min_aspect = min_aspect
 
-    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+    def forward(self, images: Tensor, grid_size: Grid) -> Mask:
         h, w = grid_size
         b, device = len(images), images.device
         count = drawn_count(self.ratio, h * w)
@@ -165,7 +165,7 @@ class BlockMasking(Masking):
             if device.type == "cpu" and not searching.any():  # elsewhere the question costs more than the answer saves
                 break
         scores = 2 * mask.flatten(1) + torch.rand(b, h * w, device=device)
-        return counted(rearrange(highest(scores, count), "b (h w) -> b h w", h=h), count)
+        return Mask(rearrange(highest(scores, count), "b (h w) -> b h w", h=h), count)
 
 
 class AttentiveMasking(Masking):
@@ -197,21 +197,21 @@ class AttentiveMasking(Masking):
         attending: Any = teacher
         self.attention = attending.attention
 
-    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
+    def forward(self, images: Tensor, grid_size: Grid) -> Mask:
         h, w = grid_size
         count = drawn_count(self.ratio, h * w)
         attention = rearrange(self.attention(images, grid_size), "b h w -> b (h w)").float()
         smallest = torch.finfo(attention.dtype).tiny  # a patch of no attention at all can still be drawn, as the last
         # Exponential clocks of these rates ring in the order of such a sampling; torch.multinomial would wait for the device.
         clocks = torch.empty_like(attention).exponential_() / attention.clamp(min=smallest)
-        return counted(rearrange(highest(clocks, count), "b (h w) -> b h w", h=h), count)
+        return Mask(rearrange(highest(clocks, count), "b (h w) -> b h w", h=h), count)
 
 
 class NoMasking(Masking):
     """Nothing is hidden: plain feature distillation, whose loss is on all patches (`selection: all`)."""
 
-    def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
-        return counted(torch.zeros(len(images), *grid_size, dtype=torch.bool, device=images.device), 0)
+    def forward(self, images: Tensor, grid_size: Grid) -> Mask:
+        return Mask(torch.zeros(len(images), *grid_size, dtype=torch.bool, device=images.device), 0)
 
 
 def within(cells: Tensor, start: Tensor, length: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class CenteredSoftmax(nn.Module):
         self.register_buffer("center", torch.zeros(channels))
 
     def forward(self, target: Tensor) -> Tensor:
-        """Logits [b h w c] -> probabilities [b h w c]
+        """Logits [b h w c], or of whole images [b c] -> probabilities [b h w c] or [b c]
 
         Raises:
             ValueError: c is not `channels`.
@@ -91,7 +91,7 @@ class CenteredSoftmax(nn.Module):
             raise UserError(f"model.normalization.channels is {len(self.center)}, but the target has {target.shape[-1]}")
         probabilities = F.softmax((target - self.center) / self.temperature, dim=-1)
         if self.training:
-            mean = target.mean((0, 1, 2))
+            mean = target.flatten(0, -2).mean(0)
             if distributed.is_initialized():
                 distributed.all_reduce(mean)
                 mean /= distributed.get_world_size()

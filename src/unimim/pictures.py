@@ -30,6 +30,25 @@ def pasted(patches: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     return torch.where(repeat(mask, "b h w -> b 1 (h p) (w q)", p=p, q=q), patches, images)
 
 
+def picture_of(teacher: Any, values: Tensor, target: Tensor) -> Tensor:
+    """Draws a target, or a prediction of it, as a person can look at it: -> [b 3 H' W'] in [0, 1].
+
+    A teacher whose target is seen best in a way of its own has a method `picture(values, target)`. Else it is the first three
+    principal components of the target, or a colour for each code.
+
+    Args:
+        teacher: gave the target.
+        values: float [b h w c]; of a discrete target codes [b h w], or logits [b h w codes].
+        target: float [b h w c] or long [b h w], which decides what a colour means.
+    """
+    if hasattr(teacher, "picture"):
+        own: Tensor = teacher.picture(values, target)
+        return own
+    if target.dtype == torch.long:
+        return code_colors(values if values.dtype == torch.long else values.argmax(-1))
+    return principal_components(values, target)
+
+
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def principal_components(features: Tensor, fitted_to: Tensor | None = None) -> Tensor:

@@ -1,10 +1,12 @@
 """Pretraining: the paper's equation 1 as a LightningModule."""
 
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from einops import rearrange
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -16,16 +18,19 @@ from unimim.data.crops import Crop
 from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.interfaces import Head, Masking, Student, TargetGenerator
-from unimim.launching import check_processes, step_in_words
+from unimim.launching import step_in_words
 from unimim.lightning import before_transfer, read_anew, trainer_of
-from unimim.losses import CosineLoss, SoftCrossEntropyLoss
-from unimim.normalizations import CenteredSoftmax
+from unimim.mask import Mask, Selection, WholeImage
 from unimim.optim import all_steps, check_rates, check_warmup, fused_adamw, parameter_groups, schedule
-from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, principal_components
+from unimim.pictures import attention_map, covered, encoder_features, lit, pasted, picture_of, principal_components
 from unimim.printing import printable
-from unimim.selection import counted, inverse, pick
 from unimim.sharding import blocks, broadcast_parameters, shard
+from unimim.students import TimmStudent
 from unimim.task import Task
+from unimim.term import LETTERS as OF_TERM
+from unimim.term import Selected, TeacherRun, Term, attach, built, check_selection, selected_by, watched
+from unimim.tokens import Tokens
+from unimim.trial import try_parts
 
 LETTERS = {
     "teacher": "T",
@@ -35,13 +40,15 @@ LETTERS = {
     "head": "H",
     "loss": "L",
 }
-# The losses of (prediction, target) that the recipes choose from; others are taken as they are.
-REGRESSION: tuple[type[nn.Module], ...] = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, CosineLoss)
-CLASSIFICATION: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, SoftCrossEntropyLoss)
+FIRST = "first"
+"""The name of the term that the six letters make."""
 
 
 class MaskedImageModeling(Task):
     """L( N(T(x)), H(S(M(x))) ): masked image modeling in six parts ("A Unified View of Masked Image Modeling", eq. 1).
+
+    `terms` adds more of the same: the loss is the sum of w L( N(T(x)), H(S(M(x))) ) over all terms, which share one masking and
+    one pass of the student.
 
     A subclass overrides what it wants otherwise: `training_step`, `select`, `configure_optimizers`, `pictures`, or
     `configure_callbacks`, where it adds to `super()`'s. Parts with parameters that it adds learn with the others.
@@ -53,7 +60,9 @@ class MaskedImageModeling(Task):
         student: S, a timm backbone that sees the corrupted image.
         head: H, given as a factory (usually the class): called with student and teacher.
         loss: L, any module of (prediction, target); torch's own take the mean over the selected patches.
-        selection: which patches count in the loss: the masked ones, the visible ones, or all.
+        selection: which patches count in the loss: the masked ones, the visible ones, or all; or the image, whose target is
+            [b c] and whose prediction is from CLS.
+        terms: further terms by name; the first, made of the letters above, has the name "first".
         lr: peak learning rate, absolute. The paper has 1.5e-3 at a batch of 2048 images.
         betas: AdamW's. They are BEiT v2's for 300 epochs, the paper's are unknown.
         weight_decay: AdamW's (the paper: 0.05).
@@ -81,7 +90,7 @@ class MaskedImageModeling(Task):
         student: Student,
         head: Callable[[Student, TargetGenerator], Head],
         loss: nn.Module,
-        selection: Literal["masked", "visible", "all"] = "masked",
+        selection: Selected = "masked",
         lr: float = 1.5e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.05,
@@ -91,29 +100,25 @@ class MaskedImageModeling(Task):
         checkpointing: bool = False,
         compiled: bool | None = None,
         max_skipped_updates: int = 0,
+        terms: dict[str, Term] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=list(LETTERS))
+        self.save_hyperparameters(ignore=[*LETTERS, "terms"])
         if "_instantiator" in self.hparams:  # the command line knows the letters as plain configuration
             self.save_hyperparameters()
-        if selection not in ("masked", "visible", "all"):
-            raise UserError(f"model.selection is {selection!r}, known are 'masked', 'visible' and 'all'")
+        check_selection("model.selection", selection)
         check_rates(lr, weight_decay, betas, warmup_lr, min_lr)
         check_warmup(warmup_epochs)
         check_object("model.teacher", teacher, TargetGenerator, "unimim.HOGTarget()")
         check_object("model.normalization", normalization, nn.Module, "unimim.LayerNorm()")
         check_object("model.masking", masking, Masking, "unimim.BlockMasking()")
         check_object("model.student", student, Student, "unimim.MaskTokenStudent('vit_base_patch16_224')")
-        check_factory(head)
         check_object("model.loss", loss, nn.Module, "torch.nn.SmoothL1Loss()")
         if checkpointing:
             checkpoint_activations(student.backbone)
-        teacher.attach(student)
-        if not isinstance(getattr(teacher, "dim", None), int):
-            raise UserError(f"model.teacher: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
+        attach(teacher, student, "model.teacher")
         masking.attach(teacher)
-        built_head = head(student, teacher)
-        check_object("what model.head makes", built_head, Head, "unimim.LinearHead's")
+        built_head = built(head, student, teacher, "model.head")
         teacher.attach_head(built_head)
         self.teacher = teacher.requires_grad_(False).eval()
         self.normalization = normalization
@@ -127,24 +132,42 @@ class MaskedImageModeling(Task):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
         self.guard = SkipNonFinite(max_skipped_updates)
-        self.check_parts()
+        self.further_terms: Any = nn.ModuleDict()
+        for name, term in (terms or {}).items():
+            check_term(name, term, self.terms)
+            term.build(student, self.terms, name)
+            self.further_terms[name] = term
+        if terms:
+            self.metrics = "train/loss", *(f"train/loss/{name}" for name in self.terms)
+        try_parts(self)
 
     # The equation
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         """[b 3 H W] with pixels in [0, 1] -> the loss."""
-        mask = self.masking(images, self.student.grid_size)  # M  [b h w]
-        selected = self.select(mask)
-        with torch.no_grad():
-            target = self.normalization(self.teacher(images, self.student.grid_size))  # N(T(x))  [b h w c]
-        prediction = self.head(self.student(images, mask), mask, selected)  # H(S(M(x)))  [m c]
-        return self.logged(self.loss(prediction, pick(target, selected)))  # L
+        mask = self.masking(images, self.student.grid_size)  # M
+        tokens = self.student(images, mask)  # S(M(x))
+        return self.logged({name: term(images, tokens, mask) for name, term in self.terms.items()})  # w L( N(T(x)), H(tokens) )
 
-    def select(self, mask: Tensor) -> Tensor:
-        """The patches that count in the loss: bool [b h w] -> bool [b h w]."""
-        if self.selection == "masked":
-            return mask
-        return inverse(mask) if self.selection == "visible" else counted(torch.ones_like(mask), mask[0].numel())
+    @property
+    def terms(self) -> dict[str, Term]:
+        """All terms by name; the first has the letters that stand in this module."""
+        first = Term(self.teacher, self.normalization, self.head, self.loss, self.selection)
+        object.__setattr__(first, "select", self.select)
+        terms = {FIRST: first}
+        for name, term in self.further_terms.items():
+            term.share(terms)
+            terms[name] = term
+        for teacher in {term.teacher: None for term in terms.values()}:
+            asking = [term for term in terms.values() if term.teacher is teacher]
+            run = TeacherRun(teacher, [term.selection for term in asking])
+            for term in asking:
+                term.run = run
+        return terms
+
+    def select(self, mask: Mask) -> Selection:
+        """Chooses the patches that count in the loss of the first term."""
+        return selected_by(self.selection, mask)
 
     # Its encoder
 
@@ -164,10 +187,26 @@ class MaskedImageModeling(Task):
 
     # Its optimization
 
+    @property
+    def teachers(self) -> dict[TargetGenerator, Head]:
+        """Each teacher, and the head of the term that it belongs to."""
+        found: dict[TargetGenerator, Head] = {}
+        for term in self.terms.values():
+            found.setdefault(term.teacher, term.head)
+        return found
+
     def configure_model(self) -> None:
-        """Shards what learns, and what follows it in the teacher, where the strategy asks for it."""
-        averages = [part for part in self.teacher.modules() if isinstance(part, (Student, Head))]
-        shard(self, [part for part in self.children() if part is not self.teacher], averages)
+        """Shards what learns, and what follows it in the teachers, where the strategy asks for it."""
+        teachers, strategy = self.teachers, getattr(trainer_of(self), "strategy", None)
+        for name, term in self.terms.items():
+            if getattr(term.head, "uses_student", False) and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+                raise UserError(
+                    f"the head of the term {name!r}, {type(term.head).__name__}, computes with the student's own norm and "
+                    f"bias, which shards keep apart: set trainer.strategy to ddp"
+                )
+        averages = [part for teacher in teachers for part in teacher.modules() if isinstance(part, (Student, Head))]
+        parts = [*self.children(), *(part for term in self.further_terms.values() for part in term.children())]
+        shard(self, [part for part in parts if part not in teachers and part is not self.further_terms], averages)
 
     def configure_optimizers(self) -> Any:
         """AdamW over all that learns, with warm-up and cosine per step."""
@@ -176,92 +215,13 @@ class MaskedImageModeling(Task):
         return schedule(optimizer, self.trainer, self.warmup_epochs, self.warmup_lr, self.min_lr)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the optimizer, after which a teacher that follows the student takes its own."""
+        """One step of the optimizer, after which each teacher that follows the student takes its own."""
         progress = self.global_step / self.total_steps
         super().optimizer_step(*args, **kwargs)
-        self.teacher.update(self.student, self.head, progress)
+        for teacher, head in self.teachers.items():
+            teacher.update(self.student, head, progress)
 
-    # Its promises
-
-    def check_parts(self) -> None:
-        """Tries all parts on two blank images, so that parts that do not fit fail before the data is read.
-
-        Raises:
-            ValueError: grids that do not meet, a shape other than promised, a student that cannot take its images, no patch
-                that counts in the loss, or a loss that is not for this kind of target.
-        """
-        self.eval()
-        grid_size = self.student.grid_size
-        blank = torch.zeros(2, 3, *self.student.image_size)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            mask = self.masking(blank, grid_size)
-            raw = self.teacher(blank, grid_size)
-            try:
-                target = self.normalization(raw)
-            except (NotImplementedError, RuntimeError, TypeError) as error:
-                kinds = f"{type(self.normalization).__name__} does not take the {raw.dtype} of {type(self.teacher).__name__}"
-                raise UserError(
-                    f"model.normalization: {kinds} ({error}); for a discrete one it is torch.nn.Identity"
-                ) from error
-            if target.dtype in (torch.int32, torch.int16, torch.uint8):
-                raise UserError(f"{type(self.teacher).__name__} gives {target.dtype}: discrete targets are long, add .long()")
-            channels = () if target.dtype == torch.long else (self.teacher.dim,)
-            promise(self.masking, "mask", mask, (2, *grid_size))
-            counts = mask.flatten(1).sum(1).tolist()
-            promise(self.teacher, "target", target, (2, *grid_size, *channels))
-            if mask.dtype != torch.bool:
-                raise UserError(
-                    f"{type(self.masking).__name__} gives a mask of {mask.dtype}, but it has to be bool, True = hidden"
-                )
-            if counts[0] != counts[1]:
-                raise UserError(
-                    f"{type(self.masking).__name__} hides {counts[0]} and {counts[1]} patches of two images: it has to be one "
-                    f"count in every image"
-                )
-            selected = self.select(mask)
-            if not selected.any():
-                raise UserError(
-                    f"{type(self.masking).__name__} leaves no patch for the loss, which is on the {self.selection} ones: set "
-                    f"model.selection to all, or another model.masking"
-                )
-            try:
-                tokens = self.student(blank, mask)
-                prediction = self.head(tokens, mask, selected)
-            except RuntimeError as error:
-                given = f"{self.student.name} with model_args {self.student.model_args}"
-                raise UserError(f"student and head do not work on a blank image ({given}): {error}") from error
-            promise(self.head, "prediction", prediction, (int(selected.sum()), self.teacher.dim))
-            self.check_loss(prediction, target[selected])
-        self.train()
-
-    def check_loss(self, prediction: Tensor, target: Tensor) -> None:
-        """
-        Raises:
-            ValueError: the loss is not for this kind of target: discrete, probabilities, or plain numbers.
-        """
-        loss, normalization = type(self.loss).__name__, type(self.normalization).__name__
-        if target.dtype == torch.long:
-            if isinstance(self.loss, (*REGRESSION, SoftCrossEntropyLoss, nn.NLLLoss)):
-                raise UserError(
-                    f"{type(self.teacher).__name__} is discrete, and {loss} is not for its logits: set model.loss to "
-                    f"torch.nn.CrossEntropyLoss"
-                )
-        elif isinstance(self.loss, CLASSIFICATION) and not is_probability(target):
-            raise UserError(
-                f"{loss} is for classes or probabilities, which {type(self.teacher).__name__} with {normalization} does not "
-                f"give: set model.loss to a regression such as torch.nn.SmoothL1Loss, or model.normalization to CenteredSoftmax"
-            )
-        elif isinstance(self.loss, REGRESSION) and isinstance(self.normalization, (CenteredSoftmax, nn.Softmax)):
-            raise UserError(
-                f"{normalization} gives probabilities, and {loss} would compare them with logits: set model.loss to "
-                f"SoftCrossEntropyLoss"
-            )
-        try:
-            value = self.loss(prediction, target)
-        except (TypeError, RuntimeError, ValueError, IndexError) as error:
-            shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)} {target.dtype}"
-            raise UserError(f"model.loss: {loss} does not take prediction and target of {shapes}: {error}") from error
-        promise(self.loss, "loss", value, ())
+    # Its training
 
     def setup(self, stage: str) -> None:
         """
@@ -269,35 +229,36 @@ class MaskedImageModeling(Task):
             ValueError: as `check_processes`.
         """
         super().setup(stage)
-        check_processes(self.trainer)
         strategy = self.trainer.strategy
         on_gpu = strategy.root_device.type == "cuda" and not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
         if stage == "fit" and (on_gpu if self.compiled is None else self.compiled):
             self.compile_blocks()
 
     def compile_blocks(self, **options: Any) -> None:
-        """Each block of student, head, teacher and its networks, with these `options` of torch.compile; once.
+        """Compiles each block of student, heads, teachers and their networks, with these `options` of torch.compile; once.
 
         Blocks and not the whole: the equation between them runs as it is written, and what a user writes there breaks no graph.
         """
-        for part in (self.student, self.head, self.teacher, *self.teacher.networks()):
+        heads = [term.head for term in self.terms.values()]
+        for part in (self.student, *heads, *self.teachers, *(one for teacher in self.teachers for one in teacher.networks())):
             for block in blocks(part):
                 if block._compiled_call_impl is None:
                     block.compile(**options)
 
     def on_fit_start(self) -> None:
-        """Prints the table of the six letters and the effective batch; lets the teacher prepare itself."""
+        """Prints the table of the letters and the effective batch; lets the teachers prepare themselves."""
         print_once(self.summary())
         devices = self.trainer.world_size
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
         if batch:
             print_once(step_in_words(self.trainer, batch, self.lr))
-        if self.global_rank == 0:
-            with self.trainer.precision_plugin.forward_context():
-                self.teacher.prepare(self.training_images(), self.student.grid_size)
-        if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
-            for module in (self.teacher, *self.teacher.networks()):
-                broadcast_parameters(module)
+        for teacher in self.teachers:
+            if self.global_rank == 0:
+                with self.trainer.precision_plugin.forward_context():
+                    teacher.prepare(self.training_images(), self.student.grid_size)
+            if devices > 1:  # what was drawn at random, or fitted to the images of the first process, holds for all
+                for module in (teacher, *teacher.networks()):
+                    broadcast_parameters(module)
 
     def on_train_start(self) -> None:
         """Takes the length of the training, by which the teacher's momentum goes."""
@@ -323,8 +284,8 @@ class MaskedImageModeling(Task):
             read_anew(trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Adds what the teacher brings to those of every task."""
-        return [*super().configure_callbacks(), *self.teacher.callbacks()]
+        """Adds what the teachers bring to those of every task."""
+        return [*super().configure_callbacks(), *(callback for teacher in self.teachers for callback in teacher.callbacks())]
 
     def check_batch(self, batch: Any) -> None:
         """Looks at the form of the first batch; a subclass whose batches are of another form overrides it.
@@ -349,8 +310,8 @@ class MaskedImageModeling(Task):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` needs to know, and the metrics as last measured; what is not finite is not saved."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["backbone"] = describe_backbone(self.student)
-        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if isinstance(self.student, TimmStudent):
+            checkpoint["backbone"] = describe_backbone(self.student)
 
     # What a person sees
 
@@ -361,27 +322,14 @@ class MaskedImageModeling(Task):
         Target and prediction are what the loss compares, N(T(x)) and H(S(M(x))), in the same colours; patches that do not
         count in the loss are gray in the prediction. Masks are drawn at random, and everything is in the mode that it is in.
         """
-        grid_size = self.student.grid_size
-        mask = self.masking(images, grid_size)
-        selected = self.select(mask)
-        before = self.teacher(images, grid_size)
-        target = self.normalization(before)
-        predicted = self.head(self.student(images, mask), mask, selected)
-        prediction = predicted.new_zeros(*selected.shape, predicted.shape[-1])
-        prediction[selected] = predicted
-        of_target = f"{type(self.normalization).__name__} of {type(self.teacher).__name__}"
+        mask = self.masking(images, self.student.grid_size)
+        tokens = self.student(images, mask)
         drawn = {
             "x, the images": images,
-            f"M(x), what the student sees: {100 * mask.float().mean():.0f} % hidden": covered(images, mask),
-            f"N(T(x)), the target: {of_target}": self.teacher.picture(target, target),
-            f"H(S(M(x))), the prediction, of {self.selection} patches": covered(
-                self.teacher.picture(prediction, target), ~selected
-            ),
+            f"M(x), what the student sees: {100 * mask.count / mask.cells:.0f} % hidden": covered(images, mask.tensor),
         }
-        reconstruction = self.teacher.reconstruction(prediction, target, before)
-        if reconstruction is not None:
-            lent = "" if torch.equal(target, before) else ", which is given the TRUE mean and spread of each patch"
-            drawn[f"the images, completed by the prediction{lent}"] = pasted(reconstruction, images, selected)
+        for name, term in self.terms.items():
+            drawn |= drawn_term(term, images, tokens, mask, f"{name}: " if self.further_terms else "")
         backbone = self.student.backbone
         drawn["the encoder's features of the whole image, first three components"] = principal_components(
             encoder_features(backbone, images)
@@ -392,49 +340,60 @@ class MaskedImageModeling(Task):
         return drawn
 
     def summary(self) -> str:
-        """The six letters: class, parameters, trainable or frozen."""
+        """Returns the table of the letters: class, parameters, trainable or frozen."""
         rows = [("", "letter", "class", "parameters", "")]
         for name, letter in LETTERS.items():
-            part = getattr(self, name)
-            networks = part.networks() if isinstance(part, TargetGenerator) else []
-            counts = [p.numel() for module in (part, *networks) for p in module.parameters()]
-            learns = any(p.requires_grad for p in part.parameters())
-            state = ("trainable" if learns else "frozen") if counts else "no parameters"
-            rows.append((letter, name, type(part).__name__, f"{sum(counts):,}" if counts else "-", state))
+            rows.append((letter, name, *described(getattr(self, name))))
+        for name, term in self.further_terms.items():
+            for letter in OF_TERM:
+                shared = (f"that of {term.shared[letter]}", "", "") if letter in term.shared else None
+                rows.append((OF_TERM[letter], f"{name}.{letter}", *(shared or described(getattr(term, letter)))))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def check_factory(head: object) -> None:
+def described(part: nn.Module) -> tuple[str, str, str]:
+    """Returns the class of a letter, its number of parameters, and whether they learn."""
+    networks = part.networks() if isinstance(part, TargetGenerator) else []
+    counts = [p.numel() for module in (part, *networks) for p in module.parameters()]
+    learns = any(p.requires_grad for p in part.parameters())
+    state = ("trainable" if learns else "frozen") if counts else "no parameters"
+    return type(part).__name__, f"{sum(counts):,}" if counts else "-", state
+
+
+def drawn_term(term: Term, images: Tensor, tokens: Tokens, mask: Mask, caption: str) -> dict[str, Tensor]:
+    """Returns the pictures of one term: target, prediction, and the images that this means, where it means any."""
+    seen = watched(term)
+    seen(images, tokens, mask)
+    before, target, predicted, selected = (letter.given for letter in (seen.run, seen.normalization, seen.head, seen.select))
+    if isinstance(selected, WholeImage):  # as a grid of one patch
+        selected = Mask(torch.ones(len(images), 1, 1, dtype=torch.bool, device=images.device), 1)
+        target = rearrange(target, "b ... -> b 1 1 ...")
+    prediction = predicted.new_zeros(*selected.tensor.shape, predicted.shape[-1])
+    prediction[selected.tensor] = predicted
+    of_target = f"{type(term.normalization).__name__} of {type(term.teacher).__name__}"
+    of_image = term.selection == "image"
+    of, teacher = ("the image", None) if of_image else (f"{term.selection} patches", term.teacher)
+    drawn = {
+        f"{caption}N(T(x)), the target: {of_target}": picture_of(teacher, target, target),
+        f"{caption}H(S(M(x))), the prediction, of {of}": covered(picture_of(teacher, prediction, target), ~selected.tensor),
+    }
+    reconstruction = None if of_image else term.teacher.reconstruction(prediction, target, before)
+    if reconstruction is not None:
+        lent = "" if torch.equal(target, before) else ", which is given the TRUE mean and spread of each patch"
+        drawn[f"{caption}the images, completed by the prediction{lent}"] = pasted(reconstruction, images, selected.tensor)
+    return drawn
+
+
+def check_term(name: str, term: Any, earlier: dict[str, Term]) -> None:
     """
     Raises:
-        ValueError: what is given as head cannot make one of a student and a teacher.
+        ValueError: it is no term, or its name is taken or cannot be one.
     """
-    if isinstance(head, nn.Module):
-        name = type(head).__name__
+    check_object(f"model.terms.{name}", term, Term, "unimim.Term(teacher, normalization, head, loss)")
+    if name in earlier or not re.fullmatch("[a-z_][a-z0-9_]*", name):
         raise UserError(
-            f"model.head is a {name} object, but it is made here, of student and teacher: give the class {name}, or "
-            f"functools.partial({name}, ...) with its arguments"
-        )
-    if not callable(head) or (isinstance(head, type) and not issubclass(head, Head)):
-        given = f"the class {head.__name__}" if isinstance(head, type) else repr(head)
-        raise UserError(f"model.head is {given}, but has to be a class of heads, such as unimim.LinearHead")
-
-
-def is_probability(target: Tensor) -> bool:
-    """Whether every row of [m c] is a distribution."""
-    return bool((target >= 0).all()) and torch.allclose(target.sum(1), target.new_ones(()), atol=1e-4)
-
-
-def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """
-    Raises:
-        ValueError: what a part gave for two images is of another shape than it has to be.
-    """
-    if value.shape != shape:
-        raise UserError(
-            f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, not {shape}, which the "
-            f"student's grid promises (and the teacher's dim, for target and prediction)"
+            f"model.terms has the name {name!r}: give another, of small letters, digits and _ ({FIRST!r} is the first term's)"
         )
 
 

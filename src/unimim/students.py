@@ -10,13 +10,96 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from unimim.backbones import create_backbone
 from unimim.errors import UserError
 from unimim.initialization import SCHEMES, Init, Token, check_init, fill_positions, initialize_backbone
 from unimim.interfaces import RGB, Student
-from unimim.selection import inverse, pick, places
+from unimim.mask import Mask
+from unimim.tokens import Tokens
 
 
-class MaskTokenStudent(Student):
+class TimmStudent(Student):
+    """What both students share: a timm model as the backbone. It is what pretraining is for, and stays timm's own.
+
+    Args:
+        backbone: a timm name; built with `global_pool=''` and `num_classes=0`, so that it ends in its final norm.
+        model_args: further arguments of the timm model, such as `img_size` or `drop_path_rate`.
+        mean: of the pixels in [0, 1], by which they are normalized. It also becomes the `mean` of `backbone.pretrained_cfg`, so
+            that whoever gets the backbone feeds it the same.
+        std: their standard deviation, likewise.
+
+    Raises:
+        ValueError: timm has no such name, the model does not take these arguments, its image is not a whole number of
+            patches, or mean and std are not those of pixels in [0, 1].
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        model_args: dict[str, Any] | None = None,
+        mean: RGB = IMAGENET_DEFAULT_MEAN,
+        std: RGB = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__(mean, std)
+        self.name = backbone
+        self.model_args = dict(model_args or {})
+        if taken := [key for key in ("num_classes", "global_pool", "patch_drop_rate") if key in self.model_args]:
+            raise UserError(
+                f"model.student.model_args cannot hold {', '.join(taken)}: a student has no classifier, and masking "
+                f"is model.masking's"
+            )
+        self.backbone = create_backbone(backbone, {"num_classes": 0, "global_pool": "", **self.model_args})
+        if not hasattr(getattr(self.backbone, "patch_embed", None), "grid_size") or not hasattr(self.backbone, "feature_info"):
+            raise UserError(f"{backbone} has no patch embedding: a student is a ViT, BEiT, EVA or Swin")
+        self.backbone.pretrained_cfg = {**self.backbone.pretrained_cfg, "mean": tuple(mean), "std": tuple(std)}
+        height, width = self.backbone.patch_embed.img_size
+        reduction = self.backbone.feature_info[-1]["reduction"]
+        if height % reduction or width % reduction:
+            raise UserError(
+                f"{backbone} with img_size {height}x{width}: that is no whole number of its patches of {reduction} pixels"
+            )
+        self.image_size = height, width
+        self.grid_size = height // reduction, width // reduction
+        self.embed_dim = int(self.backbone.num_features)
+        self.num_prefix_tokens = getattr(self.backbone, "num_prefix_tokens", 0)
+
+    def ask(self, blocks: Sequence[int]) -> None:
+        """Adds these blocks to those whose tokens come out, by index from 0.
+
+        Raises:
+            ValueError: the backbone has no such block, or one of another width or grid.
+        """
+        known = self.backbone.feature_info
+        of_last = known[-1]["num_chs"], known[-1]["reduction"]
+        for block in blocks:
+            if not 0 <= block < len(known) or (known[block]["num_chs"], known[block]["reduction"]) != of_last:
+                raise UserError(
+                    f"model.head asks for the tokens of block {block} of {self.name}, which has blocks 0 to {len(known) - 1}, "
+                    f"and of those only the ones of the last width and grid can be given"
+                )
+        self.blocks = tuple(sorted({*self.blocks, *blocks}))
+
+    def encode(self, images: Tensor, where: Mask) -> Tokens:
+        """Runs the backbone on images [b 3 H W] in [0, 1], whose patches `where` get tokens."""
+        images = self.normalize(images)
+        if not self.blocks:
+            return self.split(self.backbone.forward_features(images), where, {})
+        prefix: Any = {"return_prefix_tokens": True} if self.num_prefix_tokens else {}
+        last, earlier = self.backbone.forward_intermediates(
+            images, indices=list(self.blocks), norm=False, output_fmt="NLC", **prefix
+        )
+        pairs = earlier if prefix else [(patches, patches[:, :0]) for patches in earlier]
+        blocks = {block: Tokens(prefix, patches, where) for block, (patches, prefix) in zip(self.blocks, pairs, strict=True)}
+        return self.split(last, where, blocks)
+
+    def split(self, tokens: Tensor, where: Mask, blocks: dict[int, Tokens]) -> Tokens:
+        """[b prefix+n d], or [b h w d] of a hierarchical backbone -> tokens"""
+        if tokens.ndim == 4:
+            tokens = rearrange(tokens, "b h w d -> b (h w) d")
+        return Tokens(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :], where, blocks)
+
+
+class MaskTokenStudent(TimmStudent):
     """Masked patches are replaced by one learned token after the patch embedding, and all tokens go through the backbone.
 
     BEiT's way (Bao et al., 2022), also SimMIM's, MaskFeat's and MaskDistill's. Works on timm's ViT, BEiT, EVA and Swin.
@@ -54,32 +137,28 @@ class MaskTokenStudent(Student):
         begin(self, init, decayed)
         if init != "timm":
             SCHEMES[init].mask_token(self.mask_token)
-        self._mask: Tensor | None = None
+        self._mask: Mask | None = None
         patch_embed.register_forward_hook(self._insert)
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1], bool [b h w] -> [b h w d]"""
-        h, w = self.grid_size
+    def forward(self, images: Tensor, mask: Mask) -> Tokens:
+        """[b 3 H W] in [0, 1], the hidden patches -> tokens [b p+n d] of all patches"""
         self._mask = mask
         try:
-            tokens = self.backbone.forward_features(self.normalize(images))
+            return self.encode(images, mask.full())
         finally:
             self._mask = None
-        if tokens.ndim == 4:  # hierarchical backbones keep the grid
-            return tokens
-        return rearrange(tokens[:, self.num_prefix_tokens :], "b (h w) d -> b h w d", h=h, w=w)
 
     def _insert(self, module: Any, inputs: tuple[Tensor], tokens: Tensor) -> Tensor:
         if self._mask is None:  # someone calls the backbone by itself
             return tokens
         rows, columns = (fine // coarse for fine, coarse in zip(module.grid_size, self.grid_size, strict=True))
-        mask = repeat(self._mask, "b h w -> b (h p) (w q) 1", p=rows, q=columns)
+        mask = repeat(self._mask.tensor, "b h w -> b (h p) (w q) 1", p=rows, q=columns)
         if tokens.ndim == 3:
             mask = rearrange(mask, "b h w 1 -> b (h w) 1")
         return torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
 
 
-class VisibleStudent(Student):
+class VisibleStudent(TimmStudent):
     """Masked patches are dropped once positions are added: the backbone sees the visible ones only.
 
     MAE's way (He et al., 2022), also MILAN's, dBOT's and MaskAlign's. Works on timm's ViT and EVA; BEiT's bias of every
@@ -126,32 +205,26 @@ class VisibleStudent(Student):
             self.backbone.pos_embed.requires_grad_(False)
         elif positions != "learned":
             raise UserError(f"model.student.positions is {positions!r}, known are 'learned' and 'sincos'")
-        self._mask: Tensor | None = None
+        self._visible: Mask | None = None
         if isinstance(self.backbone, Eva):
             self.backbone.patch_drop = KeptIndices()  # type: ignore[assignment]
         self.backbone.patch_drop.register_forward_hook(self._drop)
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """[b 3 H W] in [0, 1], bool [b h w] -> [b prefix+visible d], the visible patches in row-major order"""
-        self._mask = mask
+    def forward(self, images: Tensor, mask: Mask) -> Tokens:
+        """[b 3 H W] in [0, 1], the hidden patches -> tokens [b p+n d] of the visible ones"""
+        self._visible = ~mask
         try:
-            return self.backbone.forward_features(self.normalize(images))
+            return self.encode(images, self._visible)
         finally:
-            self._mask = None
+            self._visible = None
 
     def _drop(self, module: nn.Module, inputs: tuple[Tensor], output: Any) -> Any:
-        if self._mask is None:  # someone calls the backbone by itself
+        if self._visible is None:  # someone calls the backbone by itself
             return output
         (tokens,) = inputs
         prefix = self.num_prefix_tokens
-        shown = inverse(self._mask)
-        h, w = self.grid_size
-        patches = rearrange(tokens[:, prefix:], "b (h w) d -> b h w d", h=h, w=w)
-        visible = rearrange(pick(patches, shown), "(b n) d -> b n d", b=len(tokens))
-        kept = torch.cat([tokens[:, :prefix], visible], dim=1)
-        if not isinstance(module, KeptIndices):
-            return kept
-        return kept, places(shown, visible.shape[1])
+        kept = torch.cat([tokens[:, :prefix], self._visible.take(tokens[:, prefix:])], dim=1)
+        return (kept, self._visible.indices) if isinstance(module, KeptIndices) else kept
 
 
 class KeptIndices(nn.Module):

@@ -123,19 +123,26 @@ class Task(pl.LightningModule):
         if not isinstance(strategy.load_checkpoint, functools.partial):
             strategy.load_checkpoint = functools.partial(verified, strategy.load_checkpoint)
 
-    def logged(self, loss: Tensor) -> Tensor:
-        """Logs a step's loss as `train/loss`, the mean over all processes, and returns it.
+    def logged(self, losses: Tensor | dict[str, Tensor]) -> Tensor:
+        """Returns the loss of a step, the sum where it is of several terms, and logs it as `train/loss`.
 
-        It is logged in the steps that may wait for the device (`waiting.may_wait`) and in the last of an epoch. In between,
-        the progress bar shows the last logged loss. (`self.log(..., sync_dist=True)` would have a barrier and a collective in
-        every step, and the bar would wait for the device in every step.)
+        Several terms are also logged one by one, as `train/loss/NAME`. What is logged is the mean over all processes, in the
+        steps that may wait for the device (`waiting.may_wait`) and in the last of an epoch. In between, the progress bar shows
+        the last logged loss. (`self.log(..., sync_dist=True)` would have a barrier and a collective in every step, and the bar
+        would wait for the device in every step.)
         """
+        terms = losses if isinstance(losses, dict) else {"": losses}
+        first, *others = terms.values()
+        loss = sum(others, start=first)
         trainer = trainer_of(self)
         if trainer is None:  # Lightning says that there is nothing to log to
             self.log("train/loss", loss)
         elif may_wait(trainer) or trainer.is_last_batch:
-            mean: Any = trainer.strategy.reduce(loss.detach().to(torch.float32, copy=True), reduce_op="mean")
-            self.log("train/loss", mean.cpu(), prog_bar=True)
+            shown = torch.stack([part.detach().float() for part in (loss, *(terms.values() if others else ()))])
+            mean: Any = trainer.strategy.reduce(shown, reduce_op="mean")
+            whole, *parts = mean.cpu()
+            self.log("train/loss", whole, prog_bar=True)
+            self.log_dict({f"train/loss/{name}": part for name, part in zip(terms, parts, strict=False)})
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from einops import rearrange
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from unimim.errors import UserError
 from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
 from unimim.interfaces import Grid, TargetGenerator, check_positive
 from unimim.lightning import read_anew
+from unimim.pictures import picture_of
 from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
 from unimim.target_files import TargetFiles, in_words, whole_in_cache
 from unimim.written import save_tensors
@@ -73,7 +75,7 @@ class CachedTarget(TargetGenerator):
         self.views = views
         self.view_seed = view_seed
         self.made_with = described(teacher)
-        self.of_step: tuple[Tensor, Tensor] | None = None
+        self.of_step: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def callbacks(self) -> list[pl.Callback]:
         """Returns the callback that fixes the views, writes missing targets, and reads those of each step."""
@@ -81,17 +83,34 @@ class CachedTarget(TargetGenerator):
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c], or long [b h w]"""
+        return self.read(images, grid_size, ("patches",))[0]
+
+    def forward_image(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b c], or long [b]"""
+        return self.read(images, grid_size, ("image",))[0]
+
+    def forward_both(self, images: Tensor, grid_size: Grid) -> tuple[Tensor, Tensor]:
+        """[b 3 H W] in [0, 1] -> `forward` and `forward_image`"""
+        patches, image = self.read(images, grid_size, ("patches", "image"))
+        return patches, image
+
+    def read(self, images: Tensor, grid_size: Grid, kinds: tuple[str, ...]) -> list[Tensor]:
+        """Gives the stored targets of a step's images, of these kinds; outside of a step, the teacher's.
+
+        Raises:
+            ValueError: the images are not the step's.
+        """
         if self.of_step is None:
             self.teacher.to(images.device)
-            return self.teacher(images, grid_size)
-        images_of_step, target = self.of_step
+            return targets_of(self.teacher, images, grid_size, kinds)
+        images_of_step, targets = self.of_step
         if images is not images_of_step:
             raise UserError("a cache has targets of the step's own images only: change images in the data, or use no cache")
-        return target
+        return [targets[kind] for kind in kinds]
 
     def picture(self, values: Tensor, target: Tensor) -> Tensor:
         """Calls the teacher's method."""
-        return self.teacher.picture(values, target)
+        return picture_of(self.teacher, values, target)
 
     def reconstruction(self, prediction: Tensor, target: Tensor, before: Tensor) -> Tensor | None:
         """Calls the teacher's method."""
@@ -106,6 +125,8 @@ class FixedViews(pl.Callback):
 
     files: TargetFiles
     sampler: ResumableSampler | None = None
+    kinds: tuple[str, ...] = ("patches",)
+    """The kinds of targets that the terms of the training ask for: "patches", "image" or both."""
 
     def __init__(self, target: CachedTarget) -> None:
         self.target = target
@@ -121,6 +142,8 @@ class FixedViews(pl.Callback):
         loop.setup_data()
         target, folder, grid_size = self.target, self.target.folder, pl_module.student.grid_size
         dataset = sampler_of(trainer).dataset
+        asking = {term.selection == "image" for term in pl_module.terms.values() if term.teacher is target}
+        self.kinds = tuple(kind for kind in ("patches", "image") if (kind == "image") in asking)
         blank = torch.zeros(1, 3, *pl_module.student.image_size, device=pl_module.device)
         example = self.looked(trainer, pl_module, blank)
         self.files = TargetFiles(folder, len(dataset), tuple(example.shape[1:]), example.dtype)  # type: ignore[arg-type]
@@ -200,7 +223,13 @@ class FixedViews(pl.Callback):
     def fix(self, trainer: pl.Trainer) -> None:
         """Makes the training's sampler show the fixed views."""
         self.sampler = sampler_of(trainer)
-        self.sampler.views = self.target.views, self.target.view_seed
+        views = self.target.views, self.target.view_seed
+        if self.sampler.views not in (None, views):
+            raise UserError(
+                f"the cache {self.target.folder} has {views[0]} views of seed {views[1]}, and that of another term has "
+                f"{self.sampler.views[0]} of seed {self.sampler.views[1]}: give all caches of a training the same"
+            )
+        self.sampler.views = views
 
     def write(self, trainer: pl.Trainer, pl_module: Any, view: int, numbers: list[int]) -> None:
         """Computes and writes these files of a view."""
@@ -226,9 +255,22 @@ class FixedViews(pl.Callback):
 
     @torch.no_grad()
     def looked(self, trainer: pl.Trainer, pl_module: Any, images: Tensor) -> Tensor:
-        """Gives the teacher's targets of images [b 3 H W], in the stored dtype."""
+        """Gives the teacher's targets of images [b 3 H W], in the stored dtype; both kinds lie one behind the other."""
         with trainer.precision_plugin.forward_context():
-            return stored(self.target.teacher(images, pl_module.student.grid_size), self.target.dim)
+            targets = targets_of(self.target.teacher, images, pl_module.student.grid_size, self.kinds)
+        whole = targets[0] if len(targets) == 1 else torch.cat([target.flatten(1) for target in targets], dim=1)
+        return stored(whole, self.target.dim)
+
+    def apart(self, whole: Tensor, grid_size: Grid) -> dict[str, Tensor]:
+        """Takes stored targets apart again, by kind."""
+        if len(self.kinds) == 1:
+            return {self.kinds[0]: whole}
+        h, w = grid_size
+        channels = whole.shape[1] // (h * w + 1)
+        patches, image = whole.split([h * w * channels, channels], dim=1)
+        if whole.is_floating_point():
+            return {"patches": rearrange(patches, "b (h w c) -> b h w c", h=h, w=w), "image": image}
+        return {"patches": rearrange(patches, "b (h w) -> b h w", h=h), "image": image[:, 0]}
 
     def check(self, trainer: pl.Trainer, pl_module: Any, missing: list[list[int]]) -> None:
         """Checks, with some images of the first view that has any, that images and teacher are those of the stored targets.
@@ -299,7 +341,8 @@ class FixedViews(pl.Callback):
         if not self.looked_at_pixels:
             self.looked_at_pixels = True
             self.check_pixels(self.farthest)
-        self.target.of_step = batch, target.float() if target.is_floating_point() else target.long()
+        target = target.float() if target.is_floating_point() else target.long()
+        self.target.of_step = batch, self.apart(target, pl_module.student.grid_size)
 
     def request(self, pl_module: Any, epoch: int, batch_idx: int) -> Future[tuple[Tensor, Tensor]]:
         """Starts to read the targets of a batch of this epoch; reads nothing after the end of the epoch."""
@@ -330,6 +373,13 @@ class FixedViews(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+def targets_of(teacher: TargetGenerator, images: Tensor, grid_size: Grid, kinds: tuple[str, ...]) -> list[Tensor]:
+    """Runs a teacher once for these kinds of targets."""
+    if len(kinds) == 2:
+        return list(teacher.forward_both(images, grid_size))
+    return [teacher.forward_image(images, grid_size) if kinds == ("image",) else teacher(images, grid_size)]
 
 
 def fitted(path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from unimim.errors import UserError
 from unimim.interfaces import Grid, Head, Student, TargetGenerator, check_positive
+from unimim.mask import Mask, WholeImage
 from unimim.pictures import code_colors
 
 
@@ -114,7 +114,16 @@ class EMAHeadTarget(FollowingTarget):
         self.dim = prototypes
 
     def attach_head(self, head: Head) -> None:
-        """Copies the head."""
+        """Copies the head.
+
+        Raises:
+            ValueError: the head computes with parts of the student, which a copy would not follow.
+        """
+        if head.uses_student:
+            raise UserError(
+                f"EMAHeadTarget averages the head, and {type(head).__name__} is in part the student's: take another head"
+            )
+        self.average.ask(head.student_blocks)
         self.average_head = copy.deepcopy(head)
 
     def update(self, student: Student, head: Head, progress: float) -> None:
@@ -122,13 +131,32 @@ class EMAHeadTarget(FollowingTarget):
         super().update(student, head, progress)
         follow(self.average_head, head, self.momentum_at(progress))
 
-    @torch.no_grad()
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        return self.predict(images, grid_size, patches=True)[0]
+
+    def forward_image(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """[b 3 H W] in [0, 1] -> float32 [b c], from CLS"""
+        return self.predict(images, grid_size, image=True)[0]
+
+    def forward_both(self, images: Tensor, grid_size: Grid) -> tuple[Tensor, Tensor]:
+        """[b 3 H W] in [0, 1] -> float32 [b h w c], float32 [b c]"""
+        patches, whole = self.predict(images, grid_size, patches=True, image=True)
+        return patches, whole
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, grid_size: Grid, patches: bool = False, image: bool = False) -> list[Tensor]:
+        """Runs both copies on images [b 3 H W] in [0, 1], with nothing hidden: float32 [b h w c] and [b c], if asked for."""
         h, w = grid_size
-        nothing = torch.zeros(len(images), h, w, dtype=torch.bool, device=images.device)
-        logits: Any = self.average_head(self.average(images, nothing), nothing, ~nothing)
-        return rearrange(logits.float(), "(b h w) c -> b h w c", h=h, w=w)
+        nothing = Mask(torch.zeros(len(images), h, w, dtype=torch.bool, device=images.device), 0)
+        tokens = self.average(images, nothing)
+        predicted = []
+        if patches:
+            logits = self.average_head(tokens, nothing, nothing.full()).float()
+            predicted.append(rearrange(logits, "(b h w) c -> b h w c", h=h, w=w))
+        if image:
+            predicted.append(self.average_head(tokens, nothing, WholeImage()).float())
+        return predicted
 
     def picture(self, values: Tensor, target: Tensor) -> Tensor:
         """The colour of the nearest prototype, of probabilities and logits alike: [b h w c] -> [b 3 h w] in [0, 1]"""

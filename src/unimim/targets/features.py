@@ -1,6 +1,6 @@
 """T as the features of a frozen network: CLIP (MaskDistill, MVP, MILAN, EVA), DINO, or any network of the user's."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -118,7 +118,7 @@ class FeatureTarget(TargetGenerator):
         self.layer, self.norm, self.project, self.resolution = layer, norm, project, resolution
         self.frozen = Frozen(module)
         self.resized = False
-        self._looked: tuple[Tensor, int, Grid, Tensor] | None = None
+        self._looked: tuple[Tensor, int, Grid, Seen] | None = None
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -140,10 +140,38 @@ class FeatureTarget(TargetGenerator):
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c]"""
+        return self.seen(images, grid_size).patches
+
+    def forward_image(self, images: Tensor, grid_size: Grid) -> Tensor:
+        """Gives the CLS token of a ViT, behind the same norm and projection as its patches: [b 3 H W] -> float32 [b c]
+
+        Raises:
+            ValueError: the network has no CLS token.
+        """
+        return self.forward_both(images, grid_size)[1]
+
+    def forward_both(self, images: Tensor, grid_size: Grid) -> tuple[Tensor, Tensor]:
+        """Gives patches and CLS of one run: [b 3 H W] -> float32 [b h w c], float32 [b c]"""
+        self.check_cls("predict")
+        seen = self.seen(images, grid_size, prefix=True)
+        assert seen.prefix is not None
+        return seen.patches, seen.prefix[:, 0]
+
+    def seen(self, images: Tensor, grid_size: Grid, prefix: bool = False) -> "Seen":
+        """Looks at the images, unless `attention` has looked at them already."""
         looked, self._looked = self._looked, None
         if looked is not None and looked[0] is images and looked[1:3] == (images._version, grid_size):
-            return looked[3]  # `attention` had to look at these images already
-        return self.look(images, grid_size)[0]
+            return looked[3]
+        return self.look(images, grid_size, prefix=prefix)
+
+    def check_cls(self, purpose: str) -> None:
+        """
+        Raises:
+            ValueError: the network is no ViT of timm with a CLS token.
+        """
+        network: Any = self.frozen.network
+        if not self.is_timm or getattr(network, "cls_token", None) is None or not getattr(network, "num_prefix_tokens", 0):
+            raise UserError(f"model.teacher: {self.name} has no CLS token to {purpose}: use a ViT of timm that has one")
 
     @torch.no_grad()
     def attention(self, images: Tensor, grid_size: Grid) -> Tensor:
@@ -160,8 +188,10 @@ class FeatureTarget(TargetGenerator):
         block: Any = network.blocks[self.layer]
         if not isinstance(block, Block):
             raise UserError(f"model.teacher: the blocks of {self.name} are no plain ones, whose attention is read here")
-        features, before = self.look(images, grid_size, with_input=True)
-        self._looked = (images, images._version, grid_size, features)
+        looked = self.look(images, grid_size, prefix=True, with_input=True)
+        before = looked.before
+        assert before is not None
+        self._looked = images, images._version, grid_size, Seen(looked.patches, looked.prefix, None)
         attn: Any = block.attn
         q, k, _ = rearrange(
             attn.qkv(block.norm1(before)), "b n (three heads d) -> three b heads n d", three=3, heads=attn.num_heads
@@ -173,11 +203,19 @@ class FeatureTarget(TargetGenerator):
         return reduce(of_cls, "b (h p) (w q) -> b h w", "sum", h=h, w=w, p=fine_h // h, q=fine_w // w)
 
     @torch.no_grad()
-    def look(self, images: Tensor, grid_size: Grid, with_input: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[b 3 H W] in [0, 1] -> float32 [b h w c]; and, where it is asked for, what went into that block, [b prefix+n d]."""
+    def look(self, images: Tensor, grid_size: Grid, prefix: bool = False, with_input: bool = False) -> "Seen":
+        """Runs the network: [b 3 H W] in [0, 1] -> float32 [b h w c]; of a ViT also what else is asked for.
+
+        Args:
+            images: [b 3 H W] in [0, 1].
+            grid_size: (h, w) of the student.
+            prefix: whether CLS and registers are asked for.
+            with_input: whether what goes into the block is asked for (and CLS and registers).
+        """
         size = self.input_size(images, grid_size)
         images = self.resize(images, size)
-        features, before = self.features((images - self.mean) / self.std, with_input)
+        seen = self.features((images - self.mean) / self.std, prefix, with_input)
+        features = seen.patches
         if not isinstance(features, Tensor) or features.ndim != 4:
             raise UserError(f"model.teacher: {self.name} has to return a feature map [b c h w], as one tensor")
         features = features.float()
@@ -189,7 +227,8 @@ class FeatureTarget(TargetGenerator):
                 f"model.teacher.resolution (now {self.resolution}) or model.teacher.dim"
             )
         features = F.avg_pool2d(features, (fine_h // h, fine_w // w))
-        return rearrange(features, "b c h w -> b h w c"), before
+        tokens = None if seen.prefix is None else seen.prefix.float()
+        return Seen(rearrange(features, "b c h w -> b h w c"), tokens, seen.before)
 
     def input_size(self, images: Tensor, grid_size: Grid) -> Grid:
         """(H', W') in pixels of what the teacher sees."""
@@ -201,11 +240,11 @@ class FeatureTarget(TargetGenerator):
         height, width = images.shape[-2:]
         return height, width
 
-    def features(self, images: Tensor, with_input: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Normalized images [b 3 H' W'] -> [b c h' w']; `with_input`: as in `look`, of a ViT."""
+    def features(self, images: Tensor, prefix: bool = False, with_input: bool = False) -> "Seen":
+        """Normalized images [b 3 H' W'] -> [b c h' w'], and what else is asked for, as in `look`."""
         network: Any = self.frozen.network
         if not self.is_timm:
-            return network(images), None
+            return Seen(network(images), None, None)
         fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
         if fixed not in (None, tuple(images.shape[-2:])):
             if not hasattr(network, "set_input_size") or self.resized:
@@ -221,12 +260,14 @@ class FeatureTarget(TargetGenerator):
                 network.pos_embed.copy_(resized_positions(table, old, network.patch_embed.grid_size))
         try:
             if with_input:
-                features, before = self.block_and_input(images)
+                seen = self.block_and_input(images)
             else:
+                asked: Any = {"return_prefix_tokens": True} if prefix else {}
                 (features,) = network.forward_intermediates(
-                    images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True
+                    images, indices=[self.layer], norm=self.norm, intermediates_only=True, stop_early=True, **asked
                 )
-                before = None
+                patches, tokens = features if prefix else (features, None)
+                seen = Seen(patches, tokens, None)
         except (AssertionError, IndexError, RuntimeError) as error:
             if type(error) not in (AssertionError, IndexError, RuntimeError):  # a device's, as of memory
                 raise
@@ -238,11 +279,12 @@ class FeatureTarget(TargetGenerator):
                 f"for {made_for}), or model.teacher.norm to false"
             ) from error
         if self.project:
-            features = rearrange(network.head(rearrange(features, "b c h w -> b h w c")), "b h w c -> b c h w")
-        return features, before
+            patches = rearrange(network.head(rearrange(seen.patches, "b c h w -> b h w c")), "b h w c -> b c h w")
+            seen = Seen(patches, None if seen.prefix is None else network.head(seen.prefix), seen.before)
+        return seen
 
-    def block_and_input(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized images [b 3 H' W'] -> of a ViT's block, what comes out, [b c h' w'], and what went in, [b prefix+n d].
+    def block_and_input(self, images: Tensor) -> "Seen":
+        """Normalized images [b 3 H' W'] -> of a ViT's block, what comes out and what goes in.
 
         Nothing is recorded by a hook: compiled, a hook within a block would be passed over without a word.
         """
@@ -261,6 +303,18 @@ class FeatureTarget(TargetGenerator):
             )
             before = torch.cat([prefix, patches], dim=1)
         after = network.blocks[self.layer](before)
-        after = (network.norm(after) if self.norm else after)[:, network.num_prefix_tokens :]
+        after = network.norm(after) if self.norm else after
+        prefix, patches = after[:, : network.num_prefix_tokens], after[:, network.num_prefix_tokens :]
         height = network.patch_embed.dynamic_feat_size(images.shape[-2:])[0]
-        return rearrange(after, "b (h w) d -> b d h w", h=height), before
+        return Seen(rearrange(patches, "b (h w) d -> b d h w", h=height), prefix, before)
+
+
+class Seen(NamedTuple):
+    """What a run of the network gives."""
+
+    patches: Tensor
+    """[b h w c], or as a feature map [b c h w]"""
+    prefix: Tensor | None
+    """[b p c]: CLS and registers of a ViT, where they were asked for"""
+    before: Tensor | None
+    """[b p+n d]: what went into the block, where it was asked for"""
