@@ -24,7 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unimim import BlockMasking, FeatureTarget, LayerNorm, LinearHead, MaskedImageModeling, MaskTokenStudent, TargetGenerator
-from unimim.interfaces import Grid
+from unimim.shapes import Grid
 
 SIZE, WIDTH = 224, 384
 SWEEPS: dict[str, tuple[str, dict[str, tuple[float, dict[str, int]]]]] = {

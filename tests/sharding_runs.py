@@ -38,8 +38,8 @@ from unimim import (
 )
 from unimim.data.folder import each_once
 from unimim.faults import SkipNonFinite
-from unimim.interfaces import Grid
 from unimim.probing import extract_features
+from unimim.shapes import Grid
 
 IMAGES = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(16) % 6

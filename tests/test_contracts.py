@@ -51,8 +51,8 @@ from unimim import (
     VisibleStudent,
     VQKDTarget,
 )
-from unimim.interfaces import Grid
 from unimim.knn import knn
+from unimim.shapes import Grid
 
 GRID = (4, 4)
 MASKINGS = {

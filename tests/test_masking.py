@@ -13,8 +13,8 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from unimim import AttentiveMasking, BlockMasking, RandomMasking
-from unimim.interfaces import Grid
 from unimim.masking import MAX_BLOCKS
+from unimim.shapes import Grid
 
 AGREE = 1e-6  # seeds are fixed; two samples of one distribution fall below this once in a million seeds
 DIFFER = 1e-12  # what a wrong distribution must fall below, so that no seed could hide it

@@ -59,7 +59,8 @@ from unimim import (
     VisibleStudent,
     VQKDTarget,
 )
-from unimim.interfaces import Grid, Masking, TargetGenerator
+from unimim.interfaces import Masking, TargetGenerator
+from unimim.shapes import Grid
 from unimim.targets.tokens import kmeans
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

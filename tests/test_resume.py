@@ -57,8 +57,9 @@ from unimim import (
     UperNetSegmentation,
 )
 from unimim.data.folder import ImageFiles
+from unimim.data.sampling import derived_seed, seeded
 from unimim.optim import fused_adamw
-from unimim.randomness import derived_seed, digest_of_names, seeded, settings
+from unimim.randomness import digest_of_names, settings
 
 IMAGES = 22
 """In the folder: 5 batches of 4 and two images over, in one process and in two (of 2)."""

@@ -23,7 +23,7 @@ from unimim import ADE20KData, SegmentationFolderData
 from unimim.data import segmentation
 from unimim.data.segmentation import read_names
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, VariedCrop, fit
-from unimim.interfaces import IGNORED
+from unimim.shapes import IGNORED
 
 CLASSES = ["road", "tree", "sky", "car", "house"]
 OPTIONS: dict[str, Any] = {"classes": CLASSES, "image_size": 32, "batch_size": 2, "num_workers": 0, "resize": (160, 40)}

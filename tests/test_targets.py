@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from unimim import FeatureTarget, Frozen, HOGTarget, LayerNorm, PixelTarget
 from unimim.backbones import refuse_wrong_gelu
 from unimim.files import load_strictly, read_state_dict
-from unimim.interfaces import Grid
+from unimim.shapes import Grid
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

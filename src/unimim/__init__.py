@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from unimim.data.classification import ClassFolderData as ClassFolderData
     from unimim.data.fashion_mnist import FashionMNISTData as FashionMNISTData
     from unimim.data.folder import ImageFolderData as ImageFolderData
+    from unimim.data.sampling import ResumableSampler as ResumableSampler
+    from unimim.data.sampling import SeededSamples as SeededSamples
     from unimim.data.scenes import ScenesData as ScenesData
     from unimim.data.segmentation import ADE20KData as ADE20KData
     from unimim.data.segmentation import SegmentationFolderData as SegmentationFolderData
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from unimim.probing import AttentiveProbe as AttentiveProbe
     from unimim.probing import LinearProbe as LinearProbe
     from unimim.randomness import ExactResume as ExactResume
-    from unimim.randomness import ResumableSampler as ResumableSampler
-    from unimim.randomness import SeededSamples as SeededSamples
     from unimim.saving import AtomicCheckpointIO as AtomicCheckpointIO
     from unimim.segmentation import UperNetSegmentation as UperNetSegmentation
     from unimim.students import MaskTokenStudent as MaskTokenStudent
@@ -119,9 +119,9 @@ MODULE_OF = {
     "PromptingDecoderHead": "heads",
     "PrototypeHead": "heads",
     "RandomMasking": "masking",
-    "ResumableSampler": "randomness",
+    "ResumableSampler": "data.sampling",
     "ScenesData": "data.scenes",
-    "SeededSamples": "randomness",
+    "SeededSamples": "data.sampling",
     "SegmentationFolderData": "data.segmentation",
     "SoftCrossEntropyLoss": "losses",
     "StopOnSignal": "faults",

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.data.listing import NO_PHOTOS
+from unimim.data.sampling import aside
 from unimim.errors import UserError
 from unimim.interfaces import check_positive
 from unimim.knn import gather_shards, knn
@@ -27,7 +28,6 @@ from unimim.optim import all_steps
 from unimim.pictures import sheet
 from unimim.pretraining import MaskedImageModeling
 from unimim.probing import accuracy, extract_features
-from unimim.randomness import aside
 from unimim.saving import run_folder
 from unimim.written import naming
 

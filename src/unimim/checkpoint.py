@@ -11,9 +11,9 @@ from unimim.backbones import create_backbone
 from unimim.errors import UserError
 from unimim.files import CHECKSUM, chosen_in, description, header_checksum, read_file, save
 from unimim.fitting import LoadReport, filled
-from unimim.interfaces import RGB, Student
 from unimim.layouts import of_script
 from unimim.printing import printable
+from unimim.shapes import RGB
 from unimim.written import naming, save_tensors, whole
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors")
@@ -21,8 +21,8 @@ SEGMENTATION = "pyramid."
 """How the keys of a backbone begin in a checkpoint of segmentation."""
 
 
-def describe_backbone(student: Student) -> dict[str, Any]:
-    """What a checkpoint has to say so that `load_backbone` needs nothing else."""
+def describe_backbone(student: Any) -> dict[str, Any]:
+    """Returns what a checkpoint has to say of a `TimmStudent` so that `load_backbone` needs nothing else."""
     return {
         "name": student.name,
         "model_args": student.model_args,

@@ -42,7 +42,7 @@ from unimim.errors import USER_ERRORS, UnwritableError, UserError
 from unimim.faults import INTERRUPTED, StopOnSignal
 from unimim.files import check_description, check_plain, description, is_in_shards, load_strictly, read_pickle
 from unimim.finetuning import FineTuning
-from unimim.interfaces import RGB, Head, Masking, Student, TargetGenerator
+from unimim.interfaces import Head, Masking, Student, TargetGenerator
 from unimim.knn import knn as nearest_neighbours
 from unimim.launching import check_processes, check_slurm, default_precision
 from unimim.lightning import RunsSubcommand, cluster_environment, kill_at_exit, parser_of
@@ -65,6 +65,7 @@ from unimim.saving import (
     run_folder,
 )
 from unimim.segmentation import UperNetSegmentation
+from unimim.shapes import RGB
 from unimim.targets import CachedTarget
 from unimim.term import TermName
 from unimim.trial import CLASSIFICATION, REGRESSION

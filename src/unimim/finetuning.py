@@ -16,8 +16,8 @@ from unimim.backbones import check_image_size, checkpoint_activations
 from unimim.batches import images_in
 from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
-from unimim.interfaces import RGB
 from unimim.optim import check_rates, check_warmup, fused_adamw, layer_decay_groups, schedule
+from unimim.shapes import RGB
 from unimim.sharding import shard
 from unimim.supervised import Supervised
 from unimim.written import naming, whole

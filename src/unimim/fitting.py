@@ -19,9 +19,9 @@ from torch import Tensor
 from unimim.backbones import create_backbone
 from unimim.errors import UserError
 from unimim.files import listed
-from unimim.interfaces import Grid
 from unimim.layouts import Renamed, renamed
 from unimim.printing import printable
+from unimim.shapes import Grid
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 EARLY_SWIN = "layers.0.downsample.norm.weight"

@@ -3,11 +3,8 @@
     L( N(T(x)),  H(S(M(x))) )        on the selected patches
 
 T teacher, N normalization, M masking, S student, H head, L loss: "A Unified View of Masked Image Modeling" (Peng et al.,
-TMLR 2023), equation 1. N and L are plain `nn.Module`; the four others are defined here.
-
-The shape letters, used everywhere and explained only here:
-`b` images, `H W` pixels, `h w` patch grid, `m` selected patches of the whole batch, `d` student width, `c` target
-channels.
+TMLR 2023), equation 1. N and L are plain `nn.Module`; the four others are defined here. The shape letters are
+explained in `unimim.shapes`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,14 +21,8 @@ from unimim.backbones import check_object
 from unimim.batches import check_images
 from unimim.errors import UserError
 from unimim.mask import Mask, Selection
+from unimim.shapes import RGB, Grid
 from unimim.tokens import Tokens
-
-Grid = tuple[int, int]
-"""(h, w) of a patch grid, or (H, W) of an image in pixels."""
-RGB = tuple[float, float, float]
-"""One number a colour channel, for pixels in [0, 1]."""
-IGNORED = 255
-"""The label of a pixel that counts neither in the loss nor in a metric of segmentation."""
 
 
 class Frozen:

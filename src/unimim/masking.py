@@ -9,8 +9,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from unimim.errors import UserError
-from unimim.interfaces import Grid, Masking, TargetGenerator
+from unimim.interfaces import Masking, TargetGenerator
 from unimim.mask import Mask
+from unimim.shapes import Grid
 
 Ratio = float | tuple[float, float]
 """A share of patches in (0, 1), or the ends of an interval from which one is drawn for each batch."""

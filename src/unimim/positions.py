@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimim.errors import UserError
-from unimim.interfaces import Grid
+from unimim.shapes import Grid
 
 
 def sincos_positions(width: int, grid_size: Grid, num_prefix_tokens: int) -> Tensor:

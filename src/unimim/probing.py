@@ -21,8 +21,9 @@ from unimim.batches import check_classes, check_images, check_labelled, check_pi
 from unimim.checkpoint import load_backbone
 from unimim.cpu import faster_on_cpu
 from unimim.errors import NotFiniteError, UserError
-from unimim.interfaces import RGB, Frozen, check_positive
+from unimim.interfaces import Frozen, check_positive
 from unimim.optim import check_rates, check_warmup, parameter_groups, schedule
+from unimim.shapes import RGB
 from unimim.task import Task
 from unimim.waiting import may_wait
 

@@ -20,11 +20,11 @@ from unimim.batches import images_in
 from unimim.errors import UserError
 from unimim.faults import SkipNonFinite
 from unimim.fitting import by
-from unimim.interfaces import IGNORED, RGB, Grid
 from unimim.lightning import layer_sync, leave_out_layer_sync
 from unimim.optim import check_rates, fused_adamw, layer_decay_groups, optimizer_steps, parameter_groups, warmup_poly
 from unimim.overlays import label_picture, overlay
 from unimim.printing import printable
+from unimim.shapes import IGNORED, RGB, Grid
 from unimim.sharding import shard
 from unimim.supervised import Supervised
 from unimim.upernet import FCNHead, FeaturePyramid, UperNetHead, enlarged

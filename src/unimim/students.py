@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from unimim.backbones import create_backbone
 from unimim.errors import UserError
 from unimim.initialization import SCHEMES, Init, Token, check_init, fill_positions, initialize_backbone
-from unimim.interfaces import RGB, Student
+from unimim.interfaces import Student
 from unimim.mask import Mask
+from unimim.shapes import RGB
 from unimim.tokens import Tokens
 
 

@@ -11,10 +11,10 @@ from unimim.backbones import check_timm_model, create_backbone, uncompiled
 from unimim.batches import check_classes, check_images, check_labelled
 from unimim.checkpoint import agreeing_classes, describe_network, load_backbone
 from unimim.errors import UserError
-from unimim.interfaces import RGB
 from unimim.launching import step_in_words
 from unimim.optim import fitting_lr
 from unimim.randomness import accumulated
+from unimim.shapes import RGB
 from unimim.sharding import gather, scatter
 from unimim.task import Task
 

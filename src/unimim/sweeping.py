@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 
 from unimim.commands import FREE, PretrainCLI, in_one_line, pretrain, settings
+from unimim.data.sampling import derived_seed
 from unimim.errors import UserError
 from unimim.faults import StopOnSignal, status_after
 from unimim.files import read_file
 from unimim.lightning import parser_of
 from unimim.pretraining import MaskedImageModeling
-from unimim.randomness import derived_seed
 from unimim.written import naming, remove_dead, whole
 
 OUTPUT = Path("outputs/sweeps")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from unimim.backbones import check_object
 from unimim.errors import UserError
-from unimim.interfaces import Grid, Head, Student, TargetGenerator
+from unimim.interfaces import Head, Student, TargetGenerator
 from unimim.mask import Mask, Selection, WholeImage
+from unimim.shapes import Grid
 from unimim.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading
 from unimim.data.listing import Listing, class_folders, image_files, labelled_files
 from unimim.data.photos import tell_depth
+from unimim.data.sampling import ResumableSampler, SeededSamples
 from unimim.errors import MissingFileError, UserError
 from unimim.printing import printable
-from unimim.randomness import ResumableSampler, SeededSamples
 
 
 def timm_transform(image_size: int, **options: Any) -> Any:

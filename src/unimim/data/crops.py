@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from unimim.data.photos import as_rgb, is_turned, turn_upright
-from unimim.interfaces import Grid
+from unimim.shapes import Grid
 
 ASPECT = 3 / 4, 4 / 3
 TRIES = 10  # these two are the defaults of torchvision's RandomResizedCrop

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
 from unimim.data.folder import each_once
+from unimim.data.sampling import Place, ResumableSampler, derived_seed, epoch_and_index
 from unimim.errors import MissingFileError, UserError
 from unimim.printing import printable
-from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
 
 DEBIAN_FOLDER = Path("usr/share/datasets/fashion-mnist")
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]

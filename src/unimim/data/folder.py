@@ -16,10 +16,10 @@ from torchvision.transforms import InterpolationMode, v2
 from unimim.data.crops import Crop, CropAugmentation
 from unimim.data.listing import Listing, class_folders, image_files, labelled_files
 from unimim.data.photos import opened, read_image, tell_depth
+from unimim.data.sampling import Place, ResumableSampler, derived_seed, epoch_and_index
 from unimim.errors import MissingFileError, UserError
-from unimim.interfaces import Grid
 from unimim.printing import printable
-from unimim.randomness import Place, ResumableSampler, derived_seed, epoch_and_index
+from unimim.shapes import Grid
 
 OnBadImage = Literal["error", "skip"]
 

@@ -15,9 +15,9 @@ from torchvision.datasets import FashionMNIST
 
 from unimim.data.fashion_mnist import provide
 from unimim.data.folder import each_once
+from unimim.data.sampling import Place, ResumableSampler, epoch_and_index
 from unimim.errors import UserError
 from unimim.printing import printable
-from unimim.randomness import Place, ResumableSampler, epoch_and_index
 
 GARMENT = 28
 """Side of a Fashion-MNIST image in pixels."""

@@ -17,11 +17,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from unimim.data.folder import ImageFiles, OnBadImage, check_reading, each_once, reading, to_pixels
 from unimim.data.listing import image_files
 from unimim.data.photos import opened_photo, read_image, tell_depth
+from unimim.data.sampling import ResumableSampler, SeededSamples
 from unimim.data.segmentation_transforms import FitImage, PadTo, PhotometricDistortion, RandomScale, Sides, VariedCrop
 from unimim.errors import MissingFileError, UserError
-from unimim.interfaces import IGNORED
 from unimim.printing import printable
-from unimim.randomness import ResumableSampler, SeededSamples
+from unimim.shapes import IGNORED
 
 VALUES = 2**16
 """As many a label PNG can hold."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import Image, Mask
 
-from unimim.interfaces import IGNORED
+from unimim.shapes import IGNORED
 
 Sides = tuple[int, int]
 """(long, short) in pixels, whichever of H and W is the longer."""

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unimim.backbones import check_object
+from unimim.data.sampling import Place, ResumableSampler, View
 from unimim.errors import UserError
 from unimim.files import CHECKSUM, content_of, header_checksum, read_safetensors
-from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.interfaces import TargetGenerator, check_positive
 from unimim.lightning import read_anew
 from unimim.pictures import picture_of
-from unimim.randomness import Place, ResumableSampler, View, check_loader, is_resumable
+from unimim.randomness import check_loader, is_resumable
+from unimim.shapes import Grid
 from unimim.target_files import TargetFiles, in_words, whole_in_cache
 from unimim.written import save_tensors
 

@@ -5,7 +5,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from unimim.errors import UserError
-from unimim.interfaces import Grid, TargetGenerator
+from unimim.interfaces import TargetGenerator
+from unimim.shapes import Grid
 
 
 class MeanColorTarget(TargetGenerator):

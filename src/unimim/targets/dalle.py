@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from unimim.backbones import own_seed
 from unimim.errors import UserError
 from unimim.files import load_strictly, read_state_dict
-from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
+from unimim.interfaces import Frozen, TargetGenerator, check_positive
+from unimim.shapes import Grid
 
 STRIDE = 8
 """Pixels of one token."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimim.errors import UserError
-from unimim.interfaces import Grid, Head, Student, TargetGenerator, check_positive
+from unimim.interfaces import Head, Student, TargetGenerator, check_positive
 from unimim.mask import Mask, WholeImage
 from unimim.pictures import code_colors
+from unimim.shapes import Grid
 
 
 class FollowingTarget(TargetGenerator):

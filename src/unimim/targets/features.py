@@ -14,8 +14,9 @@ from unimim.errors import UserError
 from unimim.files import chosen_in, description, load_strictly, read_file, state_dict_in
 from unimim.fitting import fit
 from unimim.initialization import Init, check_init, initialize_backbone
-from unimim.interfaces import RGB, Frozen, Grid, TargetGenerator, check_positive, check_statistics
+from unimim.interfaces import Frozen, TargetGenerator, check_positive, check_statistics
 from unimim.positions import resized_positions
+from unimim.shapes import RGB, Grid
 
 
 class FeatureTarget(TargetGenerator):

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimim.errors import UserError
-from unimim.interfaces import Grid, TargetGenerator, check_positive
+from unimim.interfaces import TargetGenerator, check_positive
 from unimim.pictures import hog_glyphs
+from unimim.shapes import Grid
 
 PIXELS_AT_ONCE = 2**18
 """Of all channels, that a CPU works on at a time: one image of 224, whose gradients then stay in its cache."""

@@ -5,8 +5,9 @@ from einops import rearrange
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from unimim.interfaces import RGB, Grid, TargetGenerator, check_positive
+from unimim.interfaces import TargetGenerator, check_positive
 from unimim.pictures import unnormalised
+from unimim.shapes import RGB, Grid
 
 
 class PixelTarget(TargetGenerator):

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from unimim.backbones import check_object, create_backbone, own_seed
 from unimim.errors import UserError
 from unimim.files import load_strictly, read_file, read_state_dict
-from unimim.interfaces import Frozen, Grid, TargetGenerator, check_positive
+from unimim.interfaces import Frozen, TargetGenerator, check_positive
+from unimim.shapes import Grid
 
 ROWS_AT_ONCE = 8192
 """Vectors that are compared with all codes at a time, to bound the memory: 8192 x 8192 distances are 268 MB."""
