@@ -28,7 +28,7 @@ data: $(FASHION)
 
 $(FASHION): | .venv/installed
 	-if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then $(MAKE) --no-print-directory $(DEBIAN); fi
-	-$(BIN)/python -c "from pathlib import Path; from unimim.data.fashion_mnist import provide; print(provide(Path('data')))"
+	-$(BIN)/python -c "from pathlib import Path; from unimim.samples.fashion_mnist import provide; print(provide(Path('data')))"
 
 $(DEBIAN):
 	mkdir -p $(DEBIAN)/apt/lists/partial $(DEBIAN)/apt/cache

@@ -33,7 +33,7 @@ from unimim import (
     MaskTokenStudent,
     TargetGenerator,
 )
-from unimim.target_files import TargetFiles, in_words
+from unimim.caching.files import TargetFiles, in_words
 
 TEACHER, CACHE = "teacher in every step (reference)", "targets from the cache"
 

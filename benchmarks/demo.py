@@ -27,10 +27,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from unimim import CPUPrecision, FashionMNISTData, FineTuning, HOGTarget, PixelTarget, commands, load_backbone
-from unimim.knn import knn
-from unimim.pretraining import MaskedImageModeling
-from unimim.probing import accuracy, extract_features, linear_probe
+from unimim import CPUPrecision, FashionMNISTData, FineTuning, HOGTarget, PixelTarget, load_backbone
+from unimim.cli import tasks as commands
+from unimim.tasks.knn import knn
+from unimim.tasks.pretraining import MaskedImageModeling
+from unimim.tasks.probing import accuracy, extract_features, linear_probe
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -27,8 +27,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from unimim import ScenesData, UperNetSegmentation, commands
-from unimim.overlays import palette
+from unimim import ScenesData, UperNetSegmentation
+from unimim.cli import tasks as commands
+from unimim.pictures.labels import palette
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

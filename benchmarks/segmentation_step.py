@@ -18,8 +18,8 @@ import yaml
 from report import machine, peak_gib, report
 from torch import Tensor, nn
 
-from unimim.cpu import faster_on_cpu
-from unimim.optim import fused_adamw
+from unimim.tasks.optim import fused_adamw
+from unimim.training.cpu import faster_on_cpu
 
 BATCH, SIZE, CLASSES, STEPS = 2, 512, 150, 3
 RECIPE = Path("conf/segment/upernet_vit_base.yaml")

@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unimim import AttentiveMasking, CPUPrecision, MaskedImageModeling
-from unimim.commands import Parser, draw_weights
-from unimim.optim import fused_adamw, parameter_groups
+from unimim.cli.tasks import Parser, draw_weights
+from unimim.tasks.optim import fused_adamw, parameter_groups
 
 RECIPES = ("conf/pretrain/maskdistill_vit_base.yaml", "conf/pretrain/mae_vit_base.yaml")
 PARTS = ("teacher", "student forward", "head forward", "backward", "optimizer")

@@ -20,7 +20,7 @@ from skimage.feature import hog
 from torch import Tensor
 
 from unimim import DVAETarget, FeatureTarget, HOGTarget, MeanColorTarget, PixelTarget, TargetGenerator, VQKDTarget
-from unimim.cpu import FasterOnCPU
+from unimim.training.cpu import FasterOnCPU
 
 SIZE, GRID, HOG_BATCH = 224, (14, 14), 32
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "THP_MEM_ALLOC_ENABLE": "1"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from report import in_turn, machine, report
 
-from unimim.files import checksum, read_pickle, save
+from unimim.weights.files import checksum, read_pickle, save
 
 TENSORS, NUMBERS, REPETITIONS = 200, 2**20, 5
 

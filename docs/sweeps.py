@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unimim.sweeping import OUTPUT, table, write
+from unimim.cli.sweep import OUTPUT, table, write
 
 PAGE = Path(__file__).with_suffix(".md")
 MEASURED = Path(__file__).with_suffix("")

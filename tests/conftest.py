@@ -9,17 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from unimim import (
-    BlockMasking,
-    HOGTarget,
-    LinearHead,
-    MaskedImageModeling,
-    MaskTokenStudent,
-    Student,
-    Tokens,
-    VisibleStudent,
-    cpu,
-)
+from unimim import BlockMasking, HOGTarget, LinearHead, MaskedImageModeling, MaskTokenStudent, Student, Tokens, VisibleStudent
+from unimim.training import cpu
 
 ROOT = Path(__file__).parent.parent
 OF_A_TASK = {

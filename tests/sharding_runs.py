@@ -37,9 +37,9 @@ from unimim import (
     UperNetSegmentation,
 )
 from unimim.data.folder import each_once
-from unimim.faults import SkipNonFinite
-from unimim.probing import extract_features
 from unimim.shapes import Grid
+from unimim.tasks.probing import extract_features
+from unimim.training.faults import SkipNonFinite
 
 IMAGES = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(16) % 6
@@ -402,7 +402,7 @@ def norm_of_both_kinds() -> dict[str, float]:
 def logged_as_on_a_gpu() -> dict[str, Any]:
     """Three steps, of which the second is logged."""
     spy = Barriers()
-    only_logged = patch("unimim.task.may_wait", lambda trainer: trainer._logger_connector.should_update_logs)
+    only_logged = patch("unimim.tasks.task.may_wait", lambda trainer: trainer._logger_connector.should_update_logs)
     with only_logged, patch("torch.distributed.barrier", BARRIERS):
         fit(finetune(), "ddp", callbacks=[spy], log_every_n_steps=2, num_sanity_val_steps=0, limit_train_batches=3)
     losses: list[Any] = [None, None]

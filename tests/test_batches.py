@@ -12,18 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import (
-    AttentiveProbe,
-    CodebookTarget,
-    FineTuning,
-    HOGTarget,
-    LinearProbe,
-    MaskedImageModeling,
-    UperNetSegmentation,
-    batches,
-)
-from unimim.batches import OVERSHOOT, check_pixels
-from unimim.probing import extract_features
+from unimim import AttentiveProbe, CodebookTarget, FineTuning, HOGTarget, LinearProbe, MaskedImageModeling, UperNetSegmentation
+from unimim.data import batches
+from unimim.data.batches import OVERSHOOT, check_pixels
+from unimim.tasks.probing import extract_features
 
 VIT = "vit_tiny_patch16_224"
 TASKS = ["pretraining", "finetuning", "segmentation", "probing"]

@@ -42,12 +42,12 @@ from unimim import (
     ResumableSampler,
     SeededSamples,
     TargetGenerator,
-    target_files,
-    written,
 )
-from unimim.cli import main
-from unimim.target_files import TargetFiles, in_words
-from unimim.targets.cache import stored
+from unimim.caching import files as target_files
+from unimim.caching.files import TargetFiles, in_words
+from unimim.caching.target import stored
+from unimim.cli.main import main
+from unimim.weights import written
 
 IMAGES, BATCH = 22, 4
 PAGE = (ROOT / "docs" / "cache.md").read_text()
@@ -492,7 +492,7 @@ def features(**changes: Any) -> FeatureTarget:
         ({"teacher": features(mean=(0.1, 0.2, 0.3))}, "was made with teacher.weights [0-9a-f]{32}, this run has [0-9a-f]{32}"),
         (
             {"teacher": hog()},
-            "was made with teacher unimim.targets.features.FeatureTarget, this run has unimim.targets.hog.HOG",
+            "was made with teacher unimim.letters.targets.features.FeatureTarget, this run has unimim.letters.targets.hog.HOG",
         ),
         ({"view_seed": 1}, "was made with view_seed 0, this run has 1"),
         ({"images": Photos(IMAGES + 1)}, "was made with images 22, this run has 23"),

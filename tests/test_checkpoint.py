@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from unimim import EMATarget, FeatureTarget, FineTuning, MaskedImageModeling, MaskTokenStudent, fitting, load_backbone
-from unimim import checkpoint as travel
-from unimim.checkpoint import LoadReport, describe_backbone, export
+from unimim import EMATarget, FeatureTarget, FineTuning, MaskedImageModeling, MaskTokenStudent, load_backbone
+from unimim.weights import checkpoint as travel
+from unimim.weights import fitting
+from unimim.weights.checkpoint import LoadReport, describe_backbone, export
 
 NARROW = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 SHARED = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import unimim
-from unimim.cli import TASKS, main
+from unimim.cli.main import TASKS, main
 
 MASKDISTILL = str(ROOT / "conf/pretrain/maskdistill_vit_base.yaml")
 SMALL = [
@@ -62,7 +62,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"], ["pretrian"], ["pretrain", "fti"]])
 def test_the_first_answers_come_without_torch(words: list[str]) -> None:
     code = (
-        f"import sys; from unimim.cli import main\ntry:\n    main({words})\n"
+        f"import sys; from unimim.cli.main import main\ntry:\n    main({words})\n"
         f"finally:\n    assert not {{'torch', 'pytorch_lightning', 'jsonargparse'}} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -258,7 +258,7 @@ def test_short_names_and_a_ratio_on_the_command_line(photos: Path, monkeypatch: 
 
 def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     """The switch reaches every network that could be pretrained, nested ones too, and says which."""
-    from unimim.commands import pretrain
+    from unimim.cli.tasks import pretrain
 
     words = ["--model.teacher={class_path: FeatureTarget, init_args: {dim: 112, resolution: 64, mean: [0.5, 0.5, 0.5], "
              "std: [0.5, 0.5, 0.5], network: {class_path: unimim.EfficientNetLite0}}}"]  # fmt: skip
@@ -275,7 +275,7 @@ def test_random_weights_are_announced(capsys: pytest.CaptureFixture[str], photos
 def test_a_run_goes_on_from_its_checkpoint(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs and two more from the file end where four epochs end: step, schedule and optimizer."""
     monkeypatch.chdir(photos)
-    from unimim.commands import pretrain
+    from unimim.cli.tasks import pretrain
 
     whole = ["--data.root=.", "--data.batch_size=4", "--data.crop_scale=[1.0, 1.0]", "--data.flip=0", "--data.color_jitter=0",
              "--model.student.model_args.drop_path_rate=0", "--model.warmup_epochs=1", "--trainer.max_epochs=4"]  # fmt: skip
@@ -292,7 +292,7 @@ def test_a_run_goes_on_from_its_checkpoint(photos: Path, monkeypatch: pytest.Mon
 def test_what_is_given_counts_when_a_run_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's own command line would put the checkpoint's hyperparameters over it without a word."""
     monkeypatch.chdir(photos)
-    from unimim.commands import pretrain
+    from unimim.cli.tasks import pretrain
 
     pretrain([*SMALL, "--data.root=."])
     (checkpoint,) = photos.rglob("*.ckpt")
@@ -318,7 +318,7 @@ def test_teacher_weights_from_a_file(photos: Path, monkeypatch: pytest.MonkeyPat
     name, depth = "vit_base_patch16_clip_quickgelu_224.openai", {"depth": 1, "embed_dim": 24, "num_heads": 2}
     weights = unimim.FeatureTarget(name, weights="random", model_args=depth).frozen.network.state_dict()
     torch.save(weights, "clip.pt")
-    from unimim.commands import pretrain
+    from unimim.cli.tasks import pretrain
 
     words = ["--model.teacher=FeatureTarget", f"--model.teacher.network={name}", f"--model.teacher.model_args={depth}"]
     model = pretrain([*SMALL, "--data.root=.", *words, "--model.teacher.weights=clip.pt"]).model

@@ -26,7 +26,7 @@ from unimim import (
     MaskTokenStudent,
     TargetGenerator,
 )
-from unimim.sharding import blocks
+from unimim.training.shards import blocks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from step import built

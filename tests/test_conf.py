@@ -11,9 +11,9 @@ from conftest import ROOT
 
 import unimim
 from unimim import FineTuning, UperNetSegmentation
-from unimim.checkpoint import describe_backbone
-from unimim.commands import pretrain
-from unimim.pretraining import LETTERS
+from unimim.cli.tasks import pretrain
+from unimim.tasks.pretraining import LETTERS
+from unimim.weights.checkpoint import describe_backbone
 
 ROWS = sorted((ROOT / "conf" / "pretrain").glob("*.yaml"))
 DEBUG = ROOT / "conf" / "debug.yaml"

@@ -51,8 +51,8 @@ from unimim import (
     VisibleStudent,
     VQKDTarget,
 )
-from unimim.knn import knn
 from unimim.shapes import Grid
+from unimim.tasks.knn import knn
 
 GRID = (4, 4)
 MASKINGS = {
@@ -279,7 +279,7 @@ def test_no_gradient_reaches_the_teacher(target: str) -> None:
 
 
 def model_groups(model: MaskedImageModeling) -> list[dict]:
-    from unimim.optim import parameter_groups
+    from unimim.tasks.optim import parameter_groups
 
     return parameter_groups([model.student, model.head], 0.05)
 

@@ -31,11 +31,11 @@ from unimim import (
     MaskedImageModeling,
     PixelTarget,
     UperNetSegmentation,
-    cpu,
 )
-from unimim.cpu import CPUPrecision, FasterOnCPU, Linear, choose_cpu_precision, faster_on_cpu
-from unimim.probing import extract_features
-from unimim.targets.cache import FixedViews
+from unimim.caching.target import FixedViews
+from unimim.tasks.probing import extract_features
+from unimim.training import cpu
+from unimim.training.cpu import CPUPrecision, FasterOnCPU, Linear, choose_cpu_precision, faster_on_cpu
 
 pytestmark = pytest.mark.usefixtures("multiplied_by")
 

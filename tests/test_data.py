@@ -14,9 +14,9 @@ from PIL import Image
 from torch import distributed
 
 from unimim import ClassFolderData, FashionMNISTData, ImageFolderData
-from unimim.data import fashion_mnist
 from unimim.data.folder import ImageFiles, each_once, image_files
 from unimim.data.photos import read_image
+from unimim.samples import fashion_mnist
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), value: int = 128) -> Path:

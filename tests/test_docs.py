@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import unimim
-from unimim.cli import main
+from unimim.cli.main import main
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]

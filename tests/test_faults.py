@@ -38,10 +38,10 @@ from unimim import (
     StopOnSignal,
     UperNetSegmentation,
 )
-from unimim.commands import differing, finetune, in_one_line, pretrain
-from unimim.optim import fused_adamw
-from unimim.saving import is_whole, newest_first, recipe_in, replace
-from unimim.written import machine
+from unimim.cli.tasks import differing, finetune, in_one_line, pretrain
+from unimim.tasks.optim import fused_adamw
+from unimim.training.checkpoints import is_whole, newest_first, recipe_in, replace
+from unimim.weights.written import machine
 
 SECONDS = 240
 """After which a test with processes of its own has failed; unhurried they take 15 to 30 seconds each."""
@@ -414,7 +414,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from unimim import ImageFolderData
-from unimim.saving import SameCheckpoint
+from unimim.training.checkpoints import SameCheckpoint
 
 
 class Act(pl.Callback):
@@ -531,7 +531,7 @@ def test_a_full_disk(photos: Path) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, resource.RLIM_INFINITY))\n"
         "sys.argv = ['unimim', *sys.argv[1:]]\n"
-        "from unimim.cli import main\n"
+        "from unimim.cli.main import main\n"
         "main()\n"
     )
     words = [f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"]

@@ -26,9 +26,9 @@ from timm.models import _builder
 from torch.distributed import checkpoint as sharded
 
 import unimim
-from unimim.cli import main
-from unimim.files import CHECKSUM, check_plain, checksum, read_file, save
-from unimim.saving import is_whole, recipe_in
+from unimim.cli.main import main
+from unimim.training.checkpoints import is_whole, recipe_in
+from unimim.weights.files import CHECKSUM, check_plain, checksum, read_file, save
 
 VIT = "vit_tiny_patch16_224"
 ARGUMENTS = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 4, num_heads: 2}"
@@ -313,7 +313,7 @@ def test_every_recipe_is_made_again_of_its_checkpoint(path: Path, tmp_path: Path
     root = Path(__file__).parent.parent
     narrow = narrow_recipe(path, tmp_path)
     words = ["--config", str(narrow), "--config", str(root / "conf/debug.yaml"), "--trainer.enable_progress_bar=false"]
-    from unimim.commands import PretrainCLI, in_one_line, settings
+    from unimim.cli.tasks import PretrainCLI, in_one_line, settings
 
     class Made(PretrainCLI):
         def _run_subcommand(self, subcommand: str) -> None:
@@ -650,7 +650,7 @@ def reads_otherwise(path: Path, expected: Any) -> bool:
 
 def test_resume_falls_back_to_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 400 damaged newest files, none is gone on from with other content, and none ends the run."""
-    from unimim.commands import first_of
+    from unimim.cli.tasks import first_of
 
     good, newest = tmp_path / "epoch=0-step=1.ckpt", tmp_path / "epoch=0-step=2.ckpt"
     recipe = {"seed_everything": 0, "model": {"lr": 0.1}, "data": {"class_path": "unimim.ImageFolderData"}}

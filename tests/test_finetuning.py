@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unimim import ClassFolderData, FineTuning, MaskTokenStudent, VisibleStudent, load_backbone
-from unimim.checkpoint import describe_backbone
-from unimim.cli import main
-from unimim.knn import knn
-from unimim.probing import accuracy, extract_features
+from unimim.cli.main import main
+from unimim.tasks.knn import knn
+from unimim.tasks.probing import accuracy, extract_features
+from unimim.weights.checkpoint import describe_backbone
 
 VIT = "vit_tiny_patch16_224"
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -571,7 +571,7 @@ class Run:
     """One fine-tuning on the command line, which several tests look at."""
 
     def __init__(self, folder: Path) -> None:
-        from unimim.commands import finetune
+        from unimim.cli.tasks import finetune
 
         self.folder = folder
         self.data = class_folders(folder / "data", CLASSES, train=4, val=3)
@@ -610,7 +610,7 @@ def test_finetune_fit(run: Run) -> None:
 
 def test_finetune_validate_repeats_what_training_reported(run: Run) -> None:
     """With nothing but the checkpoint: the pretraining's file is gone, and no --model is given."""
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     assert not run.pretrained.exists()
     cli = finetune(["validate", f"--ckpt_path={run.checkpoint}", *words_for(run.data), "--data.batch_size=5"])
@@ -627,7 +627,7 @@ def test_finetune_validate_repeats_what_training_reported(run: Run) -> None:
 
 
 def test_arguments_of_the_backbone_are_given_beside_the_checkpoints(run: Run) -> None:
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     words = ["validate", f"--ckpt_path={run.checkpoint}", "--model.model_args.dynamic_img_size=true", *words_for(run.data)]
     cli = finetune(words)
@@ -646,7 +646,7 @@ def test_finetune_that_goes_on_knows_where_it_began(run: Run) -> None:
 
 
 def test_finetune_validate_with_the_runs_own_config(run: Run) -> None:
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     config = run.folder / "outputs" / "finetune" / "version_0" / "config.yaml"
     cli = finetune(["validate", f"--config={config}", f"--ckpt_path={run.checkpoint}"])
@@ -695,7 +695,7 @@ def test_predict_is_one_process_whatever_is_asked(run: Run, tmp_path: Path) -> N
 
 
 def test_finetune_predict_of_the_first_batches(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     photos, output = photo_folder(tmp_path / "photos"), tmp_path / "predicted.csv"
     words = ["predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), "--data.batch_size=4", f"--output={output}"]
@@ -720,7 +720,7 @@ def photo_folder(root: Path) -> Path:
 def test_finetune_predict_writes_file_labels_and_probabilities(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     photos, output = photo_folder(tmp_path / "photos"), tmp_path / "predicted.csv"
     words = ["predict", f"--ckpt_path={run.checkpoint}", *words_for(photos), "--data.batch_size=4", f"--output={output}"]
@@ -751,7 +751,7 @@ def test_finetune_predict_writes_file_labels_and_probabilities(
 
 def test_finetune_predict_leaves_no_row_for_a_file_that_was_skipped(run: Run, tmp_path: Path) -> None:
     """The next photo stands in for it in the batch, but its answer is not this file's."""
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     photos, output = photo_folder(tmp_path / "photos"), tmp_path / "predicted.csv"
     (photos / "3.png").write_bytes(b"no image")
@@ -764,7 +764,7 @@ def test_finetune_predict_leaves_no_row_for_a_file_that_was_skipped(run: Run, tm
 
 
 def test_knn_is_the_one_of_the_library(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    from unimim.commands import knn as command
+    from unimim.cli.tasks import knn as command
 
     data = [word for word in words_for(run.data) if word.startswith("--data")]
     reached = command([f"--checkpoint={run.encoder}", *data, "--k=3", "--device=cpu"])
@@ -805,7 +805,7 @@ def test_export_for_timm(run: Run, tmp_path: Path, to: str, name: str) -> None:
 def test_probe_fit_and_validate_with_a_checkpoint_of_pretraining(
     run: Run, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unimim.commands import probe
+    from unimim.cli.tasks import probe
 
     monkeypatch.chdir(tmp_path)
     model = [f"--model={kind}", f"--model.backbone={run.encoder}", "--model.num_classes=6", "--model.lrs=[0.01, 0.1]"]
@@ -1094,7 +1094,7 @@ def small_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @every_file
 def test_two_steps_at_small_width(path: Path, small_imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of the file but its width, its batch and its length; nothing is written."""
-    from unimim import commands
+    from unimim.cli import tasks as commands
 
     monkeypatch.chdir(tmp_path)
     config = recipe(path)
@@ -1121,7 +1121,7 @@ def test_two_steps_at_small_width(path: Path, small_imagenet: Path, tmp_path: Pa
 
 
 def test_the_moving_average_as_the_headers_say(small_imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unimim.commands import finetune
+    from unimim.cli.tasks import finetune
 
     monkeypatch.chdir(tmp_path)
     told = {

@@ -27,8 +27,8 @@ from unimim import (
     RandomMasking,
     VisibleStudent,
 )
-from unimim.cli import main
-from unimim.optim import parameter_groups
+from unimim.cli.main import main
+from unimim.tasks.optim import parameter_groups
 
 sys.path.insert(0, str(ROOT / "docs"))
 import initial_weights

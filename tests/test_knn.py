@@ -14,9 +14,9 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from unimim.backbones import create_backbone
-from unimim.knn import gather_shards, knn, neighbours
-from unimim.probing import extract_features
+from unimim.tasks.knn import gather_shards, knn, neighbours
+from unimim.tasks.probing import extract_features
+from unimim.weights.models import create_backbone
 
 
 def brute_force(features: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float = 0.07) -> list[int]:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unimim import FeatureTarget, FineTuning, MaskTokenStudent, UperNetSegmentation
-from unimim.cli import main
-from unimim.launching import check_processes, check_slurm, default_precision, step_in_words
+from unimim.cli.main import main
+from unimim.training.launch import check_processes, check_slurm, default_precision, step_in_words
 
 PAGE = ROOT / "docs" / "cluster.md"
 CODE = [line for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S) for line in block.splitlines()]
@@ -199,7 +199,7 @@ def test_a_gpu_without_bfloat16_takes_32_bits_and_says_so(
 @pytest.mark.parametrize(("given", "expected"), [(None, "bf16-mixed"), ("32-true", "32-true"), ("bf16-true", "bf16-true")])
 def test_a_given_precision_is_kept(given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU, which is asked for by `default_precision` alone."""
-    from unimim import commands
+    from unimim.cli import tasks as commands
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "default_precision", lambda *_: "bf16-mixed")

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from unimim.optim import layer_decay_groups, layer_ids, warmup_cosine
+from unimim.tasks.optim import layer_decay_groups, layer_ids, warmup_cosine
 
 NARROW = {"img_size": 64, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 SHARED = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}

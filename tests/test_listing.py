@@ -18,13 +18,13 @@ from PIL import EpsImagePlugin, Image
 from test_cli import SMALL
 
 from unimim import ClassFolderData, FineTuning, ImageFolderData, SegmentationFolderData
-from unimim.cli import main
-from unimim.commands import SegmentCLI, cause_in_workers, finetune, in_one_line
+from unimim.cli.main import main
+from unimim.cli.tasks import SegmentCLI, cause_in_workers, finetune, in_one_line
 from unimim.data import folder, listing, segmentation
 from unimim.data.listing import class_folders, image_endings, image_files, labelled_files
 from unimim.data.photos import read_image
 from unimim.data.segmentation import read_label
-from unimim.overlays import overlay
+from unimim.pictures.labels import overlay
 from unimim.printing import printable
 
 ESCAPE = "\x1b[31mred\x1b[0m\n"
@@ -439,7 +439,7 @@ def test_workers_that_fail_are_one_line_with_the_fix(
     monkeypatch.chdir(tmp_path)
     for i in range(4):
         image(tmp_path / "photos" / f"{i}.png")
-    monkeypatch.setattr("unimim.randomness.check_loader", lambda trainer: None)  # reads one here
+    monkeypatch.setattr("unimim.training.resume.check_loader", lambda trainer: None)  # reads one here
     monkeypatch.setattr(folder, "opened", in_a_worker(act))
     words = ["pretrain", *SMALL, f"--data.root={tmp_path / 'photos'}", "--data.num_workers=1", f"--data.timeout={timeout}"]
     said = one_line([*words, "--pictures=false"], capsys)

@@ -13,7 +13,7 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from unimim import AttentiveMasking, BlockMasking, RandomMasking
-from unimim.masking import MAX_BLOCKS
+from unimim.letters.masking import MAX_BLOCKS
 from unimim.shapes import Grid
 
 AGREE = 1e-6  # seeds are fixed; two samples of one distribution fall below this once in a million seeds

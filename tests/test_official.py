@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import unimim
-from unimim.files import read_file
-from unimim.layouts import LAYOUTS
+from unimim.weights.files import read_file
+from unimim.weights.layouts import LAYOUTS
 
 HERE = Path(__file__).parent / "official"
 CASES = json.loads((HERE / "cases.json").read_text())
@@ -170,7 +170,7 @@ def test_the_commands_take_any_of_these_files(
     """What the file cannot say is an option of the same name everywhere."""
     from PIL import Image
 
-    from unimim.cli import main
+    from unimim.cli.main import main
 
     for split in ("train", "val"):
         for label in ("cat", "dog"):

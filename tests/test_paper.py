@@ -59,9 +59,9 @@ from unimim import (
     VisibleStudent,
     VQKDTarget,
 )
-from unimim.interfaces import Masking, TargetGenerator
+from unimim.letters.interfaces import Masking, TargetGenerator
+from unimim.letters.targets.tokens import kmeans
 from unimim.shapes import Grid
-from unimim.targets.tokens import kmeans
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -61,10 +61,10 @@ from unimim import (
     Tokens,
     TrainingBar,
 )
-from unimim.cli import main
+from unimim.cli.main import main
 from unimim.data.folder import image_files
-from unimim.interfaces import Student
-from unimim.pictures import (
+from unimim.letters.interfaces import Student
+from unimim.pictures.patches import (
     attention_map,
     code_colors,
     covered,
@@ -75,7 +75,7 @@ from unimim.pictures import (
     sheet,
     unnormalised,
 )
-from unimim.pretraining import LETTERS
+from unimim.tasks.pretraining import LETTERS
 
 
 def test_principal_components_are_scikit_learns() -> None:
@@ -567,7 +567,7 @@ class Clock(pl.Callback):
 
 def test_the_bar_tells_images_a_second_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, bar = Clock(), TrainingBar()
-    monkeypatch.setattr("unimim.callbacks.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("unimim.tasks.callbacks.time.monotonic", lambda: clock.now)
     told: list[dict[str, Any]] = []
     shown = TrainingBar.get_metrics
     monkeypatch.setattr(TrainingBar, "get_metrics", lambda self, *args: told.append(shown(self, *args)) or told[-1])

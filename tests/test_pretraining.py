@@ -32,8 +32,8 @@ from unimim import (
     TargetGenerator,
     UperNetSegmentation,
 )
-from unimim.optim import parameter_groups, warmup_cosine
 from unimim.shapes import Grid
+from unimim.tasks.optim import parameter_groups, warmup_cosine
 
 
 def fit(model: MaskedImageModeling, images: Tensor, tmp_path: Path, batch_size: int = 4, **trainer: object) -> pl.Trainer:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from unimim import FashionMNISTData, FineTuning, KNNCallback, load_backbone
-from unimim.backbones import create_backbone
-from unimim.probing import AttentiveProbe, LinearProbe, Probe, accuracy, extract_features, linear_probe
+from unimim.tasks.probing import AttentiveProbe, LinearProbe, Probe, accuracy, extract_features, linear_probe
+from unimim.weights.models import create_backbone
 
 
 def blobs(n: int, d: int = 16, classes: int = 5) -> tuple[Tensor, Tensor]:

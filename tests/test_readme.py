@@ -11,7 +11,7 @@ import pytest
 from conftest import OF_A_TASK, ROOT
 from PIL import Image
 
-from unimim.cli import main
+from unimim.cli.main import main
 
 RECIPE = str(ROOT / "conf" / "pretrain" / "maskdistill_vit_base.yaml")
 README = (ROOT / "README.md").read_text()

@@ -58,8 +58,8 @@ from unimim import (
 )
 from unimim.data.folder import ImageFiles
 from unimim.data.sampling import derived_seed, seeded
-from unimim.optim import fused_adamw
-from unimim.randomness import digest_of_names, settings
+from unimim.tasks.optim import fused_adamw
+from unimim.training.resume import digest_of_names, settings
 
 IMAGES = 22
 """In the folder: 5 batches of 4 and two images over, in one process and in two (of 2)."""
@@ -787,7 +787,7 @@ def test_what_is_drawn_beside_the_steps_shifts_nothing(tmp_path: Path, images: s
         train(run)
     assert [line["images"] for line in lines(other.folder)] == [line["images"] for line in lines(fitted.folder)]
     assert len({line["mask"] for line in lines(other.folder)}) == EPOCHS * BATCHES
-    monkeypatch.setattr("unimim.targets.tokens.kmeans", None)  # what is in the checkpoint is not fitted again
+    monkeypatch.setattr("unimim.letters.targets.tokens.kmeans", None)  # what is in the checkpoint is not fitted again
     resumed = Run("codebook", images, str(tmp_path / "resumed"), workers=2, resume=f"{fitted.folder}/0_3.ckpt")
     train(resumed)
     check_the_same(resumed, fitted, (0, 4))
@@ -906,10 +906,10 @@ def test_the_order_is_a_permutation_that_processes_share(monkeypatch: pytest.Mon
     def orders(processes: int, epoch: int) -> list[list[int]]:
         found = []
         for rank in range(processes):
-            monkeypatch.setattr("unimim.randomness.distributed.is_initialized", lambda: True)
-            monkeypatch.setattr("unimim.randomness.distributed.broadcast_object_list", lambda seed: None)  # alike in all
-            monkeypatch.setattr("unimim.randomness.distributed.get_world_size", lambda processes=processes: processes)
-            monkeypatch.setattr("unimim.randomness.distributed.get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr("unimim.training.resume.distributed.is_initialized", lambda: True)
+            monkeypatch.setattr("unimim.training.resume.distributed.broadcast_object_list", lambda seed: None)  # alike in all
+            monkeypatch.setattr("unimim.training.resume.distributed.get_world_size", lambda processes=processes: processes)
+            monkeypatch.setattr("unimim.training.resume.distributed.get_rank", lambda rank=rank: rank)
             sampler = ResumableSampler(data)
             sampler.set_epoch(epoch)
             places = list(sampler)

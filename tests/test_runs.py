@@ -18,7 +18,7 @@ from test_faults import MINE, SECONDS, STEADY, TWO, command, tiny_finetuning, ti
 from torch.utils.data import DataLoader
 
 from unimim import LinearProbe, StopOnSignal
-from unimim.commands import finetune, pretrain
+from unimim.cli.tasks import finetune, pretrain
 
 UNIMIM = Path(sys.executable).with_name("unimim")
 
@@ -142,7 +142,7 @@ def test_parts_of_killed_runs_are_removed_where_a_run_begins(photos: Path) -> No
     """In the folders of all runs of this logger; not those of a process that lives."""
     from test_written import dead_process
 
-    from unimim.written import machine
+    from unimim.weights.written import machine
 
     folder = Path("outputs/pretrain/version_0/checkpoints")
     folder.mkdir(parents=True)
@@ -433,7 +433,7 @@ def test_a_configuration_that_cannot_be_written(photos: Path, monkeypatch: pytes
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unimim.commands.Parser.save", full)
+    monkeypatch.setattr("unimim.cli.tasks.Parser.save", full)
     assert refusal().startswith(
         "unimim: error: outputs/pretrain/version_0/config.yaml cannot be written (No space left on device): make room, or set"
     )

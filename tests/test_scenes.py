@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 
 from unimim import ScenesData
-from unimim.data.fashion_mnist import FILES, provide
-from unimim.data.scenes import GARMENT, Scenes, garment_masks
+from unimim.samples.fashion_mnist import FILES, provide
+from unimim.samples.scenes import GARMENT, Scenes, garment_masks
 
 SMALL: dict[str, Any] = {"image_size": 48, "train_scenes": 40, "val_scenes": 30, "batch_size": 8}
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from unimim import SegmentationFolderData, UperNetSegmentation
-from unimim.cli import main
-from unimim.commands import SegmentCLI, finetune, segment
-from unimim.overlays import palette
+from unimim.cli.main import main
+from unimim.cli.tasks import SegmentCLI, finetune, segment
+from unimim.pictures.labels import palette
 
 VIT = "vit_tiny_patch16_224"
 NARROW = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8, "img_size": 32}

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from unimim import FineTuning, MaskTokenStudent, SegmentationFolderData, UperNetSegmentation, load_backbone
-from unimim.optim import warmup_poly
-from unimim.overlays import label_picture, overlay, palette
-from unimim.segmentation import likeliest, starts
+from unimim.pictures.labels import label_picture, overlay, palette
 from unimim.shapes import IGNORED
+from unimim.tasks.optim import warmup_poly
+from unimim.tasks.segmentation import likeliest, starts
 
 VIT = "vit_tiny_patch16_224"
 NARROW = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8, "img_size": 32}

@@ -23,7 +23,7 @@ from test_files import shards
 from torch import Tensor, nn
 
 from unimim import DecoderHead, PixelTarget, VisibleStudent, load_backbone
-from unimim.sharding import blocks, wrapping_policy
+from unimim.training.shards import blocks, wrapping_policy
 
 NARROW = {"embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -275,7 +275,7 @@ def test_a_command_trains_in_shards_and_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_a_command_that_cannot_read_shards_says_so(words: list[str], expected: str, tmp_path: Path) -> None:
-    from unimim.cli import main
+    from unimim.cli.main import main
 
     shards(tmp_path / "some.ckpt")
     data = ["--data=ClassFolderData", "--data.root=nowhere"]

@@ -13,7 +13,8 @@ from conftest import ROOT, narrow_recipe, tiny_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unimim import EMATarget, FeatureTarget, LayerNorm, LinearHead, Mask, Masking, MaskTokenStudent, Term, cpu
+from unimim import EMATarget, FeatureTarget, LayerNorm, LinearHead, Mask, Masking, MaskTokenStudent, Term
+from unimim.training import cpu
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report

@@ -24,10 +24,11 @@ from conftest import ROOT
 from test_pictures import records
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from unimim import commands, sweeping
-from unimim.cli import main
+from unimim.cli import sweep as sweeping
+from unimim.cli import tasks as commands
+from unimim.cli.main import main
+from unimim.cli.sweep import Trial, parsed, points, read_sweep, summarize, table, trials_of
 from unimim.data.folder import image_files
-from unimim.sweeping import Trial, parsed, points, read_sweep, summarize, table, trials_of
 
 MASK_RATIO = ROOT / "conf" / "sweeps" / "mask_ratio.yaml"
 RECIPE = {

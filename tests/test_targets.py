@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from unimim import FeatureTarget, Frozen, HOGTarget, LayerNorm, PixelTarget
-from unimim.backbones import refuse_wrong_gelu
-from unimim.files import load_strictly, read_state_dict
 from unimim.shapes import Grid
+from unimim.weights.files import load_strictly, read_state_dict
+from unimim.weights.models import refuse_wrong_gelu
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -211,7 +211,7 @@ def test_hog_of_pieces_is_hog_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     """A CPU works on a few images at a time, five here and then two."""
     images = torch.rand(7, 3, 32, 48)
     whole = HOGTarget()(images, (2, 3))
-    monkeypatch.setattr("unimim.targets.hog.PIXELS_AT_ONCE", 6 * images[0].numel() - 1)
+    monkeypatch.setattr("unimim.letters.targets.hog.PIXELS_AT_ONCE", 6 * images[0].numel() - 1)
     assert torch.equal(HOGTarget()(images, (2, 3)), whole)
     assert torch.equal(torch.cat([HOGTarget()(image[None], (2, 3)) for image in images]), whole)
 

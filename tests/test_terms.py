@@ -39,7 +39,7 @@ from unimim import (
     TargetGenerator,
     Term,
 )
-from unimim.cli import main
+from unimim.cli.main import main
 
 NARROW = {"width": 8, "depth": 1, "num_heads": 2}
 CLIP = partial(DecoderHead, **NARROW)

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 from torch.utils.data import DataLoader
 
-from unimim.waiting import may_wait
+from unimim.training.waiting import may_wait
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_when_a_step_may_wait(device: str, every: int, expected: bool) -> None:
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_loss_is_logged_where_steps_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulated: int) -> None:
     """As on a GPU: each third step, and an epoch's last for those who look at `callback_metrics` then."""
-    monkeypatch.setattr("unimim.task.may_wait", lambda trainer: trainer._logger_connector.should_update_logs)
+    monkeypatch.setattr("unimim.tasks.task.may_wait", lambda trainer: trainer._logger_connector.should_update_logs)
     losses, known = [], []
 
     class Watch(pl.Callback):

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unimim import AttentiveProbe, FineTuning, UperNetSegmentation, load_backbone
-from unimim.backbones import check_image_size, checkpoint_activations, timm_model
-from unimim.checkpoint import describe_network
-from unimim.optim import layer_decay_groups, parameter_groups
-from unimim.pictures import encoder_features
-from unimim.probing import extract_features
-from unimim.sharding import blocks
+from unimim.pictures.patches import encoder_features
+from unimim.tasks.optim import layer_decay_groups, parameter_groups
+from unimim.tasks.probing import extract_features
+from unimim.training.shards import blocks
+from unimim.weights.checkpoint import describe_network
+from unimim.weights.models import check_image_size, checkpoint_activations, timm_model
 
 VIT = "vit_tiny_patch16_224"
 FAMILIES = ["vit", "beit_bias_per_block", "beit_shared_bias", "eva", "swin"]

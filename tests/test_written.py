@@ -15,9 +15,9 @@ from test_faults import fit
 from torch import nn
 
 from unimim import AtomicCheckpointIO, FineTuning, export
-from unimim.sweeping import write
-from unimim.target_files import TargetFiles
-from unimim.written import machine, remove_dead, save_tensors, whole
+from unimim.caching.files import TargetFiles
+from unimim.cli.sweep import write
+from unimim.weights.written import machine, remove_dead, save_tensors, whole
 
 
 def dead_process() -> int:

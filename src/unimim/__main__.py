@@ -1,5 +1,5 @@
 """`python -m unimim` is the console script `unimim`."""
 
-from unimim.cli import main
+from unimim.cli.main import main
 
 main()

@@ -1,0 +1,1 @@
+"""Targets that are stored, and read in place of their teacher."""

@@ -1,0 +1,1 @@
+"""The letters of the equation: T, N, M, S, H and L, and the values that travel between them."""

@@ -1,0 +1,1 @@
+"""The tasks: pretraining, fine-tuning, probing and segmentation."""

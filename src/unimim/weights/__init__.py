@@ -1,0 +1,1 @@
+"""Networks by name, files of weights, and how one is fitted to the other."""
