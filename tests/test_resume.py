@@ -906,10 +906,10 @@ def test_the_order_is_a_permutation_that_processes_share(monkeypatch: pytest.Mon
     def orders(processes: int, epoch: int) -> list[list[int]]:
         found = []
         for rank in range(processes):
-            monkeypatch.setattr("unimim.training.resume.distributed.is_initialized", lambda: True)
-            monkeypatch.setattr("unimim.training.resume.distributed.broadcast_object_list", lambda seed: None)  # alike in all
-            monkeypatch.setattr("unimim.training.resume.distributed.get_world_size", lambda processes=processes: processes)
-            monkeypatch.setattr("unimim.training.resume.distributed.get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr("unimim.data.sampling.distributed.is_initialized", lambda: True)
+            monkeypatch.setattr("unimim.data.sampling.distributed.broadcast_object_list", lambda seed: None)  # alike in all
+            monkeypatch.setattr("unimim.data.sampling.distributed.get_world_size", lambda processes=processes: processes)
+            monkeypatch.setattr("unimim.data.sampling.distributed.get_rank", lambda rank=rank: rank)
             sampler = ResumableSampler(data)
             sampler.set_epoch(epoch)
             places = list(sampler)

@@ -28,11 +28,13 @@ def try_parts(model: Any) -> None:
     blank = torch.zeros(2, 3, *model.student.image_size)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         mask = tried_mask(model.masking, blank, model.student.grid_size)
-        for term in model.terms.values():
-            check_selected(term, mask, model.masking)  # before the student: without a patch there is nothing to try
+        for name, term in model.terms.items():
+            check_selected(
+                term, mask, model.masking, where_is(name)
+            )  # before the student: without a patch there is nothing to try
         tokens = tried_tokens(model.student, blank, mask)
         for name, term in model.terms.items():
-            try_term(term, blank, tokens, mask, "model" if name == "first" else f"model.terms.{name}", model.student)
+            try_term(term, blank, tokens, mask, where_is(name), model.student)
     model.train()
 
 
@@ -122,7 +124,12 @@ def try_term(term: Term, images: Tensor, tokens: Tokens, mask: Mask, where: str,
     promise(term.loss, "loss", seen.loss.given, ())
 
 
-def check_selected(term: Term, mask: Mask, masking: nn.Module) -> None:
+def where_is(name: str) -> str:
+    """Returns the key of a term in a configuration."""
+    return "model" if name == "first" else f"model.terms.{name}"
+
+
+def check_selected(term: Term, mask: Mask, masking: nn.Module, where: str) -> None:
     """Checks that a term has something to compare.
 
     Raises:
@@ -131,7 +138,7 @@ def check_selected(term: Term, mask: Mask, masking: nn.Module) -> None:
     if not term.select(mask).count:
         raise UserError(
             f"{type(masking).__name__} leaves no patch for the loss, which is on the {term.selection} ones: set "
-            f"model.selection to all, or another model.masking"
+            f"{where}.selection to all, or another model.masking"
         )
 
 
