@@ -492,7 +492,7 @@ def features(**changes: Any) -> FeatureTarget:
         ({"teacher": features(mean=(0.1, 0.2, 0.3))}, "was made with teacher.weights [0-9a-f]{32}, this run has [0-9a-f]{32}"),
         (
             {"teacher": hog()},
-            "was made with teacher unimim.letters.targets.features.FeatureTarget, this run has unimim.letters.targets.hog.HOG",
+            "was made with teacher unimim.FeatureTarget, this run has unimim.HOG",
         ),
         ({"view_seed": 1}, "was made with view_seed 0, this run has 1"),
         ({"images": Photos(IMAGES + 1)}, "was made with images 22, this run has 23"),
@@ -682,7 +682,7 @@ def test_one_option_and_the_same_command(
         (["--views=3"], "--views is for a cache: give --cache FOLDER"),
         (
             ["--cache=targets", "--model.teacher=PixelTarget", "--model.teacher.patch_size=8"],
-            "was made with teacher unimim.targ",
+            "was made with teacher unimim.",
         ),
         (["--cache=targets", "--data.train_images=128"], "was made with images 64, this run has 128"),
         (["--config=outputs/pretrain/version_1/config.yaml", "--cache=targets"], "model.teacher is a CachedTarget already"),
@@ -691,6 +691,18 @@ def test_one_option_and_the_same_command(
             main(["pretrain", *SMALL, *words])
         assert message in str(end.value.code)
         assert "\n" not in str(end.value.code)
+
+
+def test_a_cache_of_a_version_whose_files_lay_elsewhere_is_read(tmp_path: Path) -> None:
+    """It names a class of ours with the file that it was in."""
+    fit(model_of(CachedTarget(hog(), str(tmp_path), views=1)), max_epochs=1)
+    described = tmp_path / "teacher" / "made_with.json"
+    text = described.read_text()
+    assert '"unimim.HOGTarget"' in text
+    described.write_text(text.replace('"unimim.HOGTarget"', '"unimim.targets.hog.HOGTarget"'))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    fit(model_of(CachedTarget(hog(), str(tmp_path), views=1)), max_epochs=1)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 @pytest.mark.skipif(not (ROOT / "data" / "FashionMNIST").is_dir(), reason="no Fashion-MNIST here: make install fetches it")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -432,7 +433,7 @@ def described(teacher: TargetGenerator) -> dict[str, Any]:
     tensors = hashlib.blake2b(digest_size=16)
     for path, part in teacher.named_modules(prefix="teacher"):
         if isinstance(part, TargetGenerator):
-            found[path] = f"{type(part).__module__}.{type(part).__qualname__}"
+            found[path] = place_free(f"{type(part).__module__}.{type(part).__qualname__}")
             plain = {key: value for key, value in vars(part).items() if key[0] != "_" and is_plain(value)}
             found |= {f"{path}.{key}": value for key, value in plain.items() if key != "training"}
     for module in (teacher, *teacher.networks()):
@@ -440,6 +441,11 @@ def described(teacher: TargetGenerator) -> dict[str, Any]:
             tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             tensors.update(content_of(tensor.cpu()))
     return {**found, "teacher.weights": tensors.hexdigest()}
+
+
+def place_free(value: Any) -> Any:
+    """Leaves the file out of the name of a class of ours, which may have lain in another one when a cache was made."""
+    return re.sub(r"^unimim\.[\w.]*\.(\w+)$", r"unimim.\1", value) if isinstance(value, str) else value
 
 
 def is_plain(value: Any) -> bool:
@@ -465,8 +471,9 @@ def check_same(folder: Path, made_with: dict[str, Any]) -> None:
         ) from error
     ours = json.loads(json.dumps(made_with))
     for key in (*ours, *found):
-        if found.get(key) != ours.get(key):
+        theirs = place_free(found.get(key))
+        if theirs != ours.get(key):
             raise UserError(
-                f"{folder} was made with {key} {found.get(key)}, this run has {ours.get(key)}: give another folder (--cache), "
+                f"{folder} was made with {key} {theirs}, this run has {ours.get(key)}: give another folder (--cache), "
                 f"or the teacher, grid, data and view seed that it was made with"
             )
