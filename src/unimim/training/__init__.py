@@ -1,1 +1,1 @@
-"""What rides on the Trainer: exact resume, checkpoints, signals, shards, launching, speed on a CPU."""
+"""Exact resume, checkpoints, signals, shards, launching and speed on a CPU: all that rides on the Trainer."""
