@@ -30,10 +30,13 @@ from unimim import (
     FeatureTarget,
     FineTuning,
     LayerNorm,
+    LinearHead,
     MaskedImageModeling,
     Masking,
+    PixelTarget,
     PrototypeHead,
     SoftCrossEntropyLoss,
+    Term,
     UperNetSegmentation,
 )
 from unimim.data.folder import each_once
@@ -104,6 +107,15 @@ def ibot() -> MaskedImageModeling:
     )
 
 
+def several_terms() -> MaskedImageModeling:
+    """The average's target, pixels, and a head that shares the first term's teacher."""
+    terms = {
+        "pixels": Term(PixelTarget(8), LayerNorm(), LinearHead, nn.MSELoss()),
+        "all": Term("first", LayerNorm(), LinearHead, nn.SmoothL1Loss(), "all", 0.5),
+    }
+    return pretraining("vit", teacher=EMATarget(top_blocks=2, momentum=0.5), normalization=LayerNorm(), terms=terms)
+
+
 class Inferring(FineTuning):
     """Validates in inference mode, as Lightning does on a GPU (and on a CPU with gloo does not)."""
 
@@ -146,6 +158,7 @@ TASKS: dict[str, Callable[[], Any]] = {
     "mae": mae,
     "data2vec": data2vec,
     "ibot": ibot,
+    "several terms": several_terms,
     "finetune": partial(finetune, checkpointing=True),
     "swin": swin,
     "segment": segment,
@@ -313,7 +326,7 @@ def strategies_compared(folder: Path) -> Iterator[tuple[str, Any]]:
     for name, make in TASKS.items():
         options = {"accumulate_grad_batches": 2} if name == "swin" else {}
         spies, features = [Spy(), Spy()], [Features(), Features()]
-        pretrains = name in ("beit", "mae", "data2vec", "ibot")
+        pretrains = name in ("beit", "mae", "data2vec", "ibot", "several terms")
         ours, sharded = make(), make()
         start = whole_weights(ours)
         watch = [[spy, feature] if pretrains else [spy] for spy, feature in zip(spies, features, strict=True)]

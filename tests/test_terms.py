@@ -378,6 +378,29 @@ def test_a_part_that_is_replaced_is_replaced_for_all_that_share_it() -> None:
     assert model.terms["visible"].teacher is other
 
 
+class Silent(TargetGenerator):
+    """A user's, whose `return` was forgotten."""
+
+    dim = 3
+
+    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Any:
+        images.mean()
+
+
+class SilentHead(LinearHead):
+    """Likewise."""
+
+    def forward(self, tokens: unimim.Tokens, mask: Mask, selected: Mask) -> Any:
+        self.linear(tokens.of(selected))
+
+
+class Nothing(nn.Module):
+    """Likewise."""
+
+    def forward(self, *values: Tensor) -> None:
+        pass
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "no such teacher": (
         lambda: {"more": Term("clip", LayerNorm(), LinearHead, nn.L1Loss())},
@@ -424,6 +447,26 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "blocks that are not there": (
         lambda: {"more": Term("first", LayerNorm(), partial(PatchAggregationHead, block=7), nn.L1Loss())},
         r"model.head.block is 7, but an earlier block of this student is one of 0 to 0",
+    ),
+    "a head that is shared by nobody": (
+        lambda: {"more": Term("first", LayerNorm(), partial(PatchAggregationHead, block=0, projection="cls"), nn.L1Loss())},
+        r"model.head.projection is 'cls', but the terms before it are first",
+    ),
+    "a teacher that returns nothing": (
+        lambda: {"more": Term(Silent(), nn.Identity(), LinearHead, nn.L1Loss())},
+        r"^Silent gives a NoneType as target, but it has to be a tensor: return one$",
+    ),
+    "a normalization that returns nothing": (
+        lambda: {"more": Term("first", Nothing(), LinearHead, nn.L1Loss())},
+        r"^Nothing gives a NoneType as target",
+    ),
+    "a head that returns nothing": (
+        lambda: {"more": Term("first", nn.Identity(), SilentHead, nn.L1Loss())},
+        r"^SilentHead gives a NoneType as prediction",
+    ),
+    "a loss that returns nothing": (
+        lambda: {"more": Term("first", nn.Identity(), LinearHead, Nothing())},
+        r"^Nothing gives a NoneType as loss, but it has to be a tensor: return one$",
     ),
 }
 
@@ -569,3 +612,33 @@ def test_no_step_of_several_terms_waits_for_a_device() -> None:
     loss = model.training_step(torch.rand(3, 3, 32, 32, device="meta"), 0)
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "pos_embed" not in name)
+
+
+def test_the_first_head_has_none_before_it() -> None:
+    with pytest.raises(
+        unimim.UserError, match=r"model.head.projection is 'first', but no term is before this one: set it to null"
+    ):
+        tiny_model(head=partial(PatchAggregationHead, block=0))
+    alone = tiny_model(head=partial(PatchAggregationHead, block=0, projection=None))
+    assert alone.training_step(torch.rand(3, 3, 32, 32), 0).isfinite()
+    with pytest.raises(unimim.UserError, match="PatchAggregationHead needs a student with CLS and plain blocks"):
+        tiny_model(student=tiny_student("eva_rotary"), head=partial(PatchAggregationHead, block=0, projection=None))
+
+
+class OwnStep(MaskedImageModeling):
+    """A user's step with a second loss, as in the notebook."""
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        mask = self.masking(images, self.student.grid_size)
+        tokens = self.student(images, mask)
+        losses = {name: term(images, tokens, mask) for name, term in self.terms.items()}
+        losses["second"] = mask.of(tokens.grid()).square().mean()
+        return self.logged(losses)
+
+
+def test_a_step_of_ones_own_waits_for_nothing_and_logs_each_loss(tmp_path: Path) -> None:
+    """Indices are counted there too: a device without data, which can answer no question, runs it."""
+    tiny_model(OwnStep).to("meta").training_step(torch.rand(3, 3, 32, 32, device="meta"), 0).backward()
+    logged = trained(tiny_model(OwnStep, warmup_epochs=0), tmp_path, 2, enable_checkpointing=False).callback_metrics
+    assert set(logged) == {"train/loss", "train/loss/first", "train/loss/second"}
+    assert logged["train/loss"] == pytest.approx(float(logged["train/loss/first"] + logged["train/loss/second"]))

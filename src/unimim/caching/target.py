@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from unimim.caching.files import TargetFiles, in_words, whole_in_cache
 from unimim.data.sampling import Place, ResumableSampler, View
 from unimim.errors import UserError
-from unimim.letters.interfaces import TargetGenerator, check_positive
+from unimim.letters.interfaces import TargetGenerator, check_positive, targets_of
 from unimim.lightning import read_anew
 from unimim.pictures.patches import picture_of
 from unimim.shapes import Grid
@@ -86,18 +86,18 @@ class CachedTarget(TargetGenerator):
 
     def forward(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b h w c], or long [b h w]"""
-        return self.read(images, grid_size, ("patches",))[0]
+        return self.read(images, grid_size, ["patches"])["patches"]
 
     def forward_image(self, images: Tensor, grid_size: Grid) -> Tensor:
         """[b 3 H W] in [0, 1] -> float32 [b c], or long [b]"""
-        return self.read(images, grid_size, ("image",))[0]
+        return self.read(images, grid_size, ["image"])["image"]
 
     def forward_both(self, images: Tensor, grid_size: Grid) -> tuple[Tensor, Tensor]:
         """[b 3 H W] in [0, 1] -> `forward` and `forward_image`"""
-        patches, image = self.read(images, grid_size, ("patches", "image"))
-        return patches, image
+        targets = self.read(images, grid_size, ["patches", "image"])
+        return targets["patches"], targets["image"]
 
-    def read(self, images: Tensor, grid_size: Grid, kinds: tuple[str, ...]) -> list[Tensor]:
+    def read(self, images: Tensor, grid_size: Grid, kinds: list[str]) -> dict[str, Tensor]:
         """Gives the stored targets of a step's images, of these kinds; outside of a step, the teacher's.
 
         Raises:
@@ -109,7 +109,7 @@ class CachedTarget(TargetGenerator):
         images_of_step, targets = self.of_step
         if images is not images_of_step:
             raise UserError("a cache has targets of the step's own images only: change images in the data, or use no cache")
-        return [targets[kind] for kind in kinds]
+        return targets
 
     def picture(self, values: Tensor, target: Tensor) -> Tensor:
         """Calls the teacher's method."""
@@ -261,7 +261,9 @@ class FixedViews(pl.Callback):
         """Gives the teacher's targets of images [b 3 H W], in the stored dtype; both kinds lie one behind the other."""
         with trainer.precision_plugin.forward_context():
             targets = targets_of(self.target.teacher, images, pl_module.student.grid_size, self.kinds)
-        whole = targets[0] if len(targets) == 1 else torch.cat([target.flatten(1) for target in targets], dim=1)
+        if len(targets) == 1:
+            return stored(targets[self.kinds[0]], self.target.dim)
+        whole = torch.cat([targets[kind].reshape(len(images), -1) for kind in self.kinds], dim=1)
         return stored(whole, self.target.dim)
 
     def apart(self, whole: Tensor, grid_size: Grid) -> dict[str, Tensor]:
@@ -376,13 +378,6 @@ class FixedViews(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-def targets_of(teacher: TargetGenerator, images: Tensor, grid_size: Grid, kinds: tuple[str, ...]) -> list[Tensor]:
-    """Runs a teacher once for these kinds of targets."""
-    if len(kinds) == 2:
-        return list(teacher.forward_both(images, grid_size))
-    return [teacher.forward_image(images, grid_size) if kinds == ("image",) else teacher(images, grid_size)]
 
 
 def fitted(path: Path) -> dict[str, Tensor]:

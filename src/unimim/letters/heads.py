@@ -282,7 +282,8 @@ class PatchAggregationHead(Head):
         super().__init__(student, target)
         check_positive("model.head", depth=depth)
         blocks = list(getattr(student.backbone, "blocks", []))
-        if not student.num_prefix_tokens or getattr(student.backbone, "rope", None) is not None or not blocks:
+        plain = all(hasattr(getattr(one, "attn", None), "proj") and hasattr(getattr(one, "mlp", None), "fc2") for one in blocks)
+        if not student.num_prefix_tokens or getattr(student.backbone, "rope", None) is not None or not blocks or not plain:
             raise UserError("model.head: PatchAggregationHead needs a student with CLS and plain blocks: a ViT or BEiT of timm")
         if not 0 <= block < len(blocks) - 1:
             raise UserError(
@@ -308,6 +309,10 @@ class PatchAggregationHead(Head):
         """Takes the head that projects."""
         if self.projection is None:
             return
+        if not heads:
+            raise UserError(
+                f"model.head.projection is {self.projection!r}, but no term is before this one: set it to null, for its own"
+            )
         if self.projection not in heads:
             raise UserError(f"model.head.projection is {self.projection!r}, but the terms before it are {', '.join(heads)}")
         self.borrowed.head = heads[self.projection]

@@ -8,7 +8,7 @@ explained in `unimim.shapes`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -180,6 +180,15 @@ class TargetGenerator(nn.Module, ABC):
         return super()._apply(fn, recurse)
 
 
+def targets_of(teacher: TargetGenerator, images: Tensor, grid_size: Grid, kinds: Collection[str]) -> dict[str, Tensor]:
+    """Runs a teacher once for the kinds of targets that are asked for: "patches", "image" or both."""
+    if "image" not in kinds:
+        return {"patches": teacher(images, grid_size)}
+    if "patches" not in kinds:
+        return {"image": teacher.forward_image(images, grid_size)}
+    return dict(zip(("patches", "image"), teacher.forward_both(images, grid_size), strict=True))
+
+
 class Masking(nn.Module, ABC):
     """M: which patches the student does not see."""
 
@@ -224,7 +233,7 @@ class Student(nn.Module, ABC):
     """(h, w) of the tokens that come out, in patches."""
     embed_dim: int
     """d"""
-    num_prefix_tokens: int
+    num_prefix_tokens: int = 0
     """CLS and register tokens, which come before the patch tokens; hierarchical backbones have none."""
     drops_patches: bool = False
     """Whether only the visible patches have tokens."""

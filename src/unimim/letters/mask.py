@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from unimim.errors import UserError
+from unimim.shapes import Grid
 
 
 class Mask:
@@ -40,7 +41,7 @@ class Mask:
         self.predicted = self if predicted is None else predicted
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self) -> Grid:
         """(h, w)"""
         _, h, w = self.tensor.shape
         return h, w

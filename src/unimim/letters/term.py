@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unimim.errors import UserError
-from unimim.letters.interfaces import Head, Student, TargetGenerator
+from unimim.letters.interfaces import Head, Student, TargetGenerator, targets_of
 from unimim.letters.mask import Mask, Selection, WholeImage
 from unimim.letters.tokens import Tokens
 from unimim.shapes import Grid
@@ -112,8 +113,8 @@ class Term(nn.Module):
         if "teacher" not in self.shared:
             attach(self.teacher, student, f"model.terms.{name}.teacher")
         if "head" not in self.shared:
-            self.head = built(self.head, student, self.teacher, f"model.terms.{name}.head")
-            self.head.attach({other: term.head for other, term in earlier.items()})
+            heads = {other: term.head for other, term in earlier.items()}
+            self.head = built(self.head, student, self.teacher, f"model.terms.{name}.head", heads)
         if "teacher" not in self.shared:
             self.teacher.attach_head(self.head)
             self.teacher.requires_grad_(False).eval()
@@ -141,41 +142,38 @@ class TeacherRun:
         self.teacher = teacher
         self.selections = selections
         self.left: list[Selected] = []
-        self.images: Any = None
-        self.patches: Any = None
-        self.image: Any = None
+        self.images: Tensor | None = None
+        self.targets: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor, grid_size: Grid, selection: Selected) -> Tensor:
         """[b 3 H W] in [0, 1] -> the target of each patch [b h w c], long [b h w]; or of the image [b c]"""
-        of_image = selection == "image"
-        if len(self.selections) == 1:
-            return self.teacher.forward_image(images, grid_size) if of_image else self.teacher(images, grid_size)
         if images is not self.images or selection not in self.left:
-            kinds = {chosen == "image" for chosen in self.selections}
-            if len(kinds) == 2:
-                self.patches, self.image = self.teacher.forward_both(images, grid_size)
-            elif of_image:
-                self.image = self.teacher.forward_image(images, grid_size)
-            else:
-                self.patches = self.teacher(images, grid_size)
+            self.targets = targets_of(self.teacher, images, grid_size, {kind_of(one) for one in self.selections})
             self.images, self.left = images, list(self.selections)
         self.left.remove(selection)
-        target: Tensor = self.image if of_image else self.patches
+        target = self.targets[kind_of(selection)]
         if not self.left:  # nobody else asks
-            self.images = self.image = self.patches = None
+            self.images, self.targets = None, {}
         return target
+
+
+def kind_of(selection: Selected) -> str:
+    """Returns the kind of target that a selection needs."""
+    return "image" if selection == "image" else "patches"
 
 
 class Watched:
     """Calls a letter and keeps what it gives, for the trial and the pictures."""
 
     given: Any = None
+    failed = True
 
     def __init__(self, letter: Callable[..., Any]) -> None:
         self.letter = letter
 
     def __call__(self, *args: Any) -> Any:
         self.given = self.letter(*args)
+        self.failed = False
         return self.given
 
 
@@ -207,8 +205,10 @@ def attach(teacher: TargetGenerator, student: Student, where: str) -> None:
         raise UserError(f"{where}: {type(teacher).__name__} has no dim: set it to the number of channels or classes")
 
 
-def built(factory: object, student: Student, teacher: TargetGenerator, where: str) -> Head:
-    """Makes a head, and tells the student of the blocks that it asks for.
+def built(
+    factory: object, student: Student, teacher: TargetGenerator, where: str, earlier: Mapping[str, Head] = MappingProxyType({})
+) -> Head:
+    """Makes a head, shows it the heads of earlier terms, and tells the student of the blocks that it asks for.
 
     Raises:
         ValueError: what is given cannot make a head of a student and a teacher.
@@ -224,6 +224,7 @@ def built(factory: object, student: Student, teacher: TargetGenerator, where: st
         raise UserError(f"{where} is {given}, but has to be a class of heads, such as unimim.LinearHead")
     head: Any = factory(student, teacher)
     check_object(f"what {where} makes", head, Head, "unimim.LinearHead's")
+    head.attach(earlier)
     student.ask(head.student_blocks)
     made: Head = head
     return made

@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     where: Mask
     """The patches that have tokens: all of them, or the visible ones."""
     blocks: "dict[int, Tokens]" = {}  # noqa: RUF012 (never changed)
-    """The tokens that came out of earlier blocks, not normalized: those whose index the head has in `blocks`."""
+    """The tokens that came out of earlier blocks, not normalized: those that a head names in `student_blocks`."""
 
     def of(self, selected: Selection) -> Tensor:
         """Takes the tokens of the selected patches [m d], in row-major order; of the whole image CLS, [b d].

@@ -28,10 +28,8 @@ def try_parts(model: Any) -> None:
     blank = torch.zeros(2, 3, *model.student.image_size)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         mask = tried_mask(model.masking, blank, model.student.grid_size)
-        for name, term in model.terms.items():
-            check_selected(
-                term, mask, model.masking, where_is(name)
-            )  # before the student: without a patch there is nothing to try
+        for name, term in model.terms.items():  # before the student: without a patch there is nothing to try
+            check_selected(term, mask, model.masking, where_is(name))
         tokens = tried_tokens(model.student, blank, mask)
         for name, term in model.terms.items():
             try_term(term, blank, tokens, mask, where_is(name), model.student)
@@ -93,23 +91,26 @@ def try_term(term: Term, images: Tensor, tokens: Tokens, mask: Mask, where: str,
     failed: Exception | None = None
     try:
         seen(images, tokens, mask)
-    except (TypeError, NotImplementedError, RuntimeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, NotImplementedError, RuntimeError, ValueError, IndexError) as error:
         failed = error
     raw, target, prediction = seen.run.given, seen.normalization.given, seen.head.given
-    if raw is None and failed:
+    if seen.run.failed:
+        assert failed is not None
         raise failed
+    check_tensor(term.teacher, "target", raw)
     teacher = type(term.teacher).__name__
-    if target is None:
+    if seen.normalization.failed:
         if isinstance(failed, UserError):
             raise failed
         kinds = f"{type(term.normalization).__name__} does not take the {raw.dtype} of {teacher}"
         raise UserError(f"{where}.normalization: {kinds} ({failed}); for a discrete one it is torch.nn.Identity") from failed
+    check_tensor(term.normalization, "target", target)
     if target.dtype in (torch.int32, torch.int16, torch.uint8):
         raise UserError(f"{teacher} gives {target.dtype}: discrete targets are long, add .long()")
     channels = () if target.dtype == torch.long else (term.teacher.dim,)
     of_image = isinstance(seen.select.given, WholeImage)
     promise(term.teacher, "target", target, (len(images), *(() if of_image else mask.grid_size), *channels))
-    if prediction is None:
+    if seen.head.failed:
         if isinstance(failed, RuntimeError):
             raise UserError(f"student and head do not work on a blank image ({described(student)}): {failed}") from failed
         assert failed is not None
@@ -117,7 +118,7 @@ def try_term(term: Term, images: Tensor, tokens: Tokens, mask: Mask, where: str,
     count = len(images) * seen.select.given.count
     promise(term.head, "prediction", prediction, (count, term.teacher.dim))
     check_kind(term, seen.select.given.of(target), where)
-    if failed is not None:
+    if seen.loss.failed:
         shapes = f"{tuple(prediction.shape)} and {tuple(seen.select.given.of(target).shape)} {target.dtype}"
         loss = type(term.loss).__name__
         raise UserError(f"{where}.loss: {loss} does not take prediction and target of {shapes}: {failed}") from failed
@@ -180,10 +181,23 @@ def promise(part: nn.Module, name: str, value: Tensor, shape: tuple[int, ...]) -
     """Checks the shape of what a part gave for two images.
 
     Raises:
-        ValueError: what a part gave for two images is of another shape than it has to be.
+        ValueError: what a part gave for two images is no tensor, or of another shape than it has to be.
     """
+    check_tensor(part, name, value)
     if value.shape != shape:
         raise UserError(
             f"{type(part).__name__} gives a {name} of shape {tuple(value.shape)} for two images, not {shape}, which the "
             f"student's grid promises (and the teacher's dim, for target and prediction)"
+        )
+
+
+def check_tensor(part: nn.Module, name: str, value: object) -> None:
+    """Checks that a part gave a tensor, and did not forget to return it.
+
+    Raises:
+        ValueError: it gave something else.
+    """
+    if not isinstance(value, Tensor):
+        raise UserError(
+            f"{type(part).__name__} gives a {type(value).__name__} as {name}, but it has to be a tensor: return one"
         )
